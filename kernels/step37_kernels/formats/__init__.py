@@ -1,0 +1,1 @@
+"""Number formats: quantise, dequantise and shard, one file per format."""

@@ -1,0 +1,43 @@
+"""Shape and dtype checks whose errors name the tensor, what it is and what it has to be."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype] = (),
+) -> None:
+    """Check `tensor` against `shape` (None: any size) and `dtypes` (empty: any).
+
+    Raises:
+        ValueError: the tensor's shape or dtype is another one.
+    """
+    fits = len(tensor.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{expected}]")
+    if dtypes and tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    """Check that `tensor` is float64, float32, bfloat16 or float16: a type to compute in.
+
+    Raises:
+        ValueError: it has another dtype, for example an integer or an 8-bit float.
+    """
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float of 16 bits or more")
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Number of blocks of `denominator` that cover `numerator` elements."""
+    return -(-numerator // denominator)
