@@ -1,0 +1,99 @@
+"""The bodies of what `plugin.py` registers; every one leaves another `--model-impl` untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+from step37_ext.model.attention import ATTENTION_BACKEND
+from step37_ext.quantization import Step37QuantConfig, check_flag, checkpoint_format
+from step37_ext.start_checks import (
+    MTP,
+    MULTIMODAL,
+    Parallel,
+    check_architecture,
+    check_checkpoint,
+    check_refused_arguments,
+)
+
+MODEL_IMPL = "step37"
+
+
+def is_ours(config: Any) -> bool:
+    """Whether server arguments or a model config ask for `--model-impl step37`."""
+    return str(config.model_impl).lower() == MODEL_IMPL
+
+
+def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution step: stop with one sentence in the parent process if this cannot work."""
+    previous(server_args)
+    cfg = resolving_view(server_args)
+    if not is_ours(cfg):
+        return
+    check_refused_arguments(cfg)
+    if cfg.model_loader_extra_config in (None, "", "{}", {}):
+        # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
+        declare_resolution(
+            server_args,
+            MODEL_IMPL,
+            model_loader_extra_config='{"enable_multithread_load": false}',
+        )
+    folder = Path(cfg.model_path)
+    if folder.is_dir():
+        check_checkpoint(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization)
+
+
+def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution step: our attention backend on a CPU, where SGLang does not ask the platform."""
+    cfg = resolving_view(server_args)
+    if is_ours(cfg) and cfg.device == "cpu" and cfg.attention_backend is None:
+        declare_resolution(server_args, MODEL_IMPL, attention_backend=ATTENTION_BACKEND)
+    previous(server_args)
+
+
+def model_architecture(original: Callable, model_config: Any) -> tuple[type, str]:
+    """Around `get_model_architecture`: our classes under `--model-impl step37`."""
+    stock, architecture = original(model_config)
+    if not is_ours(model_config) or architecture == MTP:
+        return stock, architecture
+    check_architecture([architecture])
+    if architecture == MULTIMODAL:
+        from step37_ext.model.multimodal import Step37ForConditionalGeneration
+
+        return Step37ForConditionalGeneration, architecture
+    from step37_ext.model.text import Step37ForCausalLM
+
+    return Step37ForCausalLM, architecture
+
+
+def quantization_config(original: Callable, model_config: Any, load_config: Any) -> Any:
+    """Around `_get_quantization_config`: stock refuses float32, and FP8 and NVFP4 off its GPUs."""
+    if not is_ours(model_config):
+        return original(model_config, load_config)
+    path = Path(model_config.model_path)
+    checkpoint = checkpoint_format(model_config.hf_config, path if path.is_dir() else None)
+    check_flag(model_config.quantization, checkpoint.weights)
+    return None if checkpoint.weights == "bf16" else Step37QuantConfig(checkpoint)
+
+
+def quantized_moe_compatibility(original: Callable, *, model_config: Any, **sizes: Any) -> None:
+    """Around stock's refusal of shards that are not whole 128-blocks: ours need not be."""
+    if not is_ours(model_config):
+        original(model_config=model_config, **sizes)
+
+
+def cpu_padding(original: Callable, model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """Around stock's padding of sizes on a CPU, which no longer fit the checkpoint's shapes."""
+    if is_ours(model_config):
+        return model_config
+    return original(model_config, load_config, tp_size)
+
+
+def attention_backend(runner: Any) -> Any:
+    """Factory of the attention backend "step37"."""
+    from step37_ext.attention_backend import Step37AttentionBackend
+
+    return Step37AttentionBackend(runner)

@@ -1,0 +1,62 @@
+"""Serving on a machine without a GPU: `SGLANG_PLATFORM=step37_cpu ... --device cpu`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+NAME = "step37_cpu"
+
+MAX_TOTAL_TOKENS = 65_536
+"""Default size of the KV cache: SGLang would fill most of the machine's memory with it."""
+
+
+def activate() -> str | None:
+    """Entry point of `sglang.srt.platforms`: the platform's class, if the user selected it."""
+    if not selected():
+        return None
+    # One thread a process: the operations are small, and a pool of threads costs 30 times more.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return f"{__name__}:{Step37CpuPlatform.__name__}"
+
+
+def selected() -> bool:
+    """Whether the user asked for this platform."""
+    return os.environ.get("SGLANG_PLATFORM") == NAME
+
+
+class Step37CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A plain CPU: no graphs, no Triton, gloo between ranks."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        bind_ranks(server_args.tp_size)
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+
+    def get_default_attention_backend(self) -> str:
+        return "step37"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+
+def bind_ranks(tp_size: int) -> None:
+    """Give each tensor-parallel rank a core, unless the user has said which.
+
+    Without this SGLang asks for one NUMA node a rank and stops with an assertion.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = (str(cores[rank % len(cores)]) for rank in range(tp_size))
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(ranks))

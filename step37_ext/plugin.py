@@ -1,0 +1,106 @@
+"""Everything that step37_ext registers with SGLang, on one screen.
+
+SGLang calls `register` in each of its processes and only logs what it raises, so that a failure is
+kept and raised later, in a start that asks for `--model-impl step37`; other starts go on without.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+import sys
+from importlib.metadata import version
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MODEL_LOADER = "sglang.srt.model_loader"
+
+
+def register() -> None:
+    """Entry point of `sglang.srt.plugins`."""
+    try:
+        _register()
+    except Exception as error:
+        _fail_where_asked_for(f"--model-impl step37 cannot start: {error}")
+
+
+def _register() -> None:
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.configs.step3p5 import Step3p5Config
+    from sglang.srt.configs.step3p7 import Step3p7Config
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from transformers import AutoConfig
+
+    from step37_ext import hooks
+    from step37_ext.compat import supported_version, unchecked_version
+
+    # transformers 5.13 and later have classes of these names too, which SGLang cannot read.
+    AutoConfig.register("step3p5", Step3p5Config, exist_ok=True)
+    AutoConfig.register("step3p7", Step3p7Config, exist_ok=True)
+
+    register_resolution_hook("handle_model_source_paths")(hooks.check_start)
+    register_resolution_hook("handle_cpu_backends")(hooks.default_cpu_backends)
+
+    installed = version("sglang")
+    if refusal := supported_version(installed):
+        raise RuntimeError(refusal)
+    if warning := unchecked_version(installed):
+        logger.warning(warning)
+
+    register_attention_backend("step37")(hooks.attention_backend)
+    add_attention_backend_choices(["step37"])
+
+    _around(
+        # The public registry of model classes does not know --model-impl.
+        (f"{MODEL_LOADER}.utils.get_model_architecture", hooks.model_architecture),
+        # The public table of quantisations is read before --model-impl, and refuses float32.
+        (f"{MODEL_LOADER}.loader._get_quantization_config", hooks.quantization_config),
+        # FP8 shards may begin inside a block here; stock refuses them with no way to say so.
+        (
+            "sglang.srt.model_executor.model_runner_components.moe_ep_setup"
+            ".check_quantized_moe_compatibility",
+            hooks.quantized_moe_compatibility,
+        ),
+        # Stock pads sizes for its AMX kernels whenever the device is a CPU.
+        (
+            "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+            hooks.cpu_padding,
+        ),
+    )
+
+
+def _around(*wrappers: tuple[str, Any]) -> None:
+    """Wrap each target, and see that it was: SGLang only logs a target that has moved."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, wrapper in wrappers:
+        try:
+            pkgutil.resolve_name(target)
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(f"{target} is not in this SGLang ({error})") from error
+        HookRegistry.register(target, wrapper, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    for target, _ in wrappers:
+        if not hasattr(pkgutil.resolve_name(target), "__wrapped__"):
+            raise RuntimeError(f"{target} could not be wrapped")
+
+
+def _fail_where_asked_for(message: str) -> None:
+    """Raise `message` in a start with `--model-impl step37`, as early as SGLang lets it."""
+
+    def stop(server_args: Any, previous: Any) -> None:
+        if str(getattr(server_args, "model_impl", "")).lower() == "step37":
+            raise RuntimeError(message)
+        previous(server_args)
+
+    try:
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+        register_resolution_hook("handle_model_source_paths")(stop)
+    except Exception:
+        # An SGLang without that seam: all that is left is the command line.
+        arguments = " ".join(sys.argv).replace("=", " ")
+        if "--model-impl step37" in arguments:
+            raise SystemExit(message) from None

@@ -1,0 +1,198 @@
+"""A checkpoint that cannot be served is refused before a server starts, by name."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from step37_ext.checkpoint import TINY, random_checkpoint
+from step37_ext.checkpoint.headers import INDEX_FILE
+from step37_ext.start_checks import (
+    Parallel,
+    check_architecture,
+    check_checkpoint,
+    check_refused_arguments,
+)
+
+FORMATS = ("bf16", "fp8", "nvfp4")
+ONE_RANK = Parallel()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("untrained")
+    for weight_format in FORMATS:
+        random_checkpoint(root / weight_format, weight_format, TINY)
+    return {weight_format: root / weight_format for weight_format in FORMATS}
+
+
+@pytest.fixture
+def copy(originals, tmp_path):
+    """A private copy of an untrained checkpoint of a format."""
+
+    def make(weight_format: str) -> Path:
+        return Path(shutil.copytree(originals[weight_format], tmp_path / "copy"))
+
+    return make
+
+
+def file_with(folder: Path, tensor: str) -> Path:
+    weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    return folder / weight_map[tensor]
+
+
+def change(folder: Path, name: str, edit) -> None:
+    """Rewrite the file that holds `name` after `edit(tensors)`."""
+    path = file_with(folder, name)
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rewrite(path: Path, edit) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def refusal(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint(folder, parallel, flag)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_good_checkpoints_pass(originals, weight_format, tp_size):
+    check_checkpoint(originals[weight_format], Parallel(tp_size), None)
+
+
+GATE = "model.layers.1.moe.gate_proj.weight"
+
+
+def test_truncated_file(copy):
+    folder = copy("bf16")
+    path = file_with(folder, GATE)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert path.name in (message := refusal(folder)) and "truncated" in message
+
+
+def test_missing_shard(copy):
+    folder = copy("fp8")
+    path = file_with(folder, GATE)
+    path.unlink()
+    message = refusal(folder)
+    assert path.name in message and INDEX_FILE in message and "missing" in message
+
+
+def test_missing_tensor_names_shape_and_file(copy):
+    folder = copy("bf16")
+    path = file_with(folder, GATE)
+    change(folder, GATE, lambda tensors: tensors.pop(GATE))
+    rewrite(folder / INDEX_FILE, lambda index: index["weight_map"].pop(GATE))
+    message = refusal(folder)
+    assert GATE in message and "[8, 384, 256]" in message and path.name not in message
+    rewrite(folder / INDEX_FILE, lambda index: index["weight_map"].update({GATE: path.name}))
+    assert f"places {GATE} in {path.name}" in refusal(folder)
+
+
+def test_wrong_shape(copy):
+    folder = copy("bf16")
+    change(folder, GATE, lambda tensors: tensors.update({GATE: tensors[GATE][:, :-1].clone()}))
+    message = refusal(folder)
+    assert GATE in message and "[8, 383, 256]" in message and "[8, 384, 256]" in message
+
+
+def test_wrong_type(copy):
+    folder = copy("nvfp4")
+    name = "model.language_model.layers.2.moe.up_proj.weight_scale"
+    change(folder, name, lambda tensors: tensors.update({name: tensors[name].float()}))
+    message = refusal(folder)
+    assert name in message and "F32" in message and "F8_E4M3" in message
+
+
+def test_unknown_name_stops_unless_told(copy, monkeypatch, caplog):
+    folder = copy("bf16")
+    strange = "model.layers.1.moe.mystery.weight"
+    change(folder, GATE, lambda tensors: tensors.update({strange: torch.zeros(2)}))
+    assert strange in (message := refusal(folder)) and "STEP37_STRICT=0" in message
+    monkeypatch.setenv("STEP37_STRICT", "0")
+    check_checkpoint(folder, Parallel(), None)
+    assert [strange in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("key, value", [("quant_algo", "W4A8_AWQ"), ("group_size", 32)])
+def test_unsupported_nvfp4_variant(copy, key, value):
+    folder = copy("nvfp4")
+    rewrite(
+        folder / "hf_quant_config.json", lambda quant: quant["quantization"].update({key: value})
+    )
+    message = refusal(folder)
+    assert key in message and str(value) in message
+
+
+def test_unsupported_fp8_block_and_method(copy):
+    folder = copy("fp8")
+    config = folder / "config.json"
+    rewrite(config, lambda c: c["quantization_config"].update(weight_block_size=[64, 128]))
+    assert "weight_block_size [64, 128]" in refusal(folder)
+    rewrite(config, lambda c: c["quantization_config"].update(quant_method="awq"))
+    assert "'awq'" in refusal(folder)
+
+
+def test_flag_must_fit_the_checkpoint(originals):
+    check_checkpoint(originals["nvfp4"], Parallel(), "modelopt_fp4")
+    message = refusal(originals["bf16"], flag="fp8")
+    assert "--quantization 'fp8'" in message and "bf16" in message
+
+
+@pytest.mark.parametrize(
+    "weight_format, parallel, named",
+    [
+        ("bf16", Parallel(tp_size=3), "--tp 3"),
+        ("bf16", Parallel(tp_size=4), "query heads"),
+        ("bf16", Parallel(tp_size=2, ep_size=4), "--ep-size 4"),
+    ],
+)
+def test_ranks_must_divide(originals, weight_format, parallel, named):
+    assert named in refusal(originals[weight_format], parallel)
+
+
+def test_experts_must_divide(copy):
+    folder = copy("nvfp4")
+    # Heads that divide by anything, so that the experts' 384 = 24 groups is what does not.
+    spec = {"num_attention_heads": 64, "num_attention_groups": 64}
+    other = spec | {"attention_type": "sliding_attention", "head_dim": 64}
+
+    def widen(config):
+        config["text_config"].update(spec, attention_other_setting=other)
+        config["vision_config"]["heads"] = 64
+
+    rewrite(folder / "config.json", widen)
+    message = refusal(folder, Parallel(tp_size=64))
+    assert "moe_intermediate_size 384" in message and "groups of 16" in message
+    assert "--ep-size 16 does not divide the 8 experts" in refusal(
+        folder, Parallel(tp_size=64, ep_size=16)
+    )
+
+
+def test_config_that_is_not_json(copy):
+    folder = copy("bf16")
+    (folder / "config.json").write_text("{")
+    assert "config.json is not JSON" in refusal(folder)
+
+
+def test_architecture():
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        check_architecture(["LlamaForCausalLM"])
+    assert check_architecture(["Step3p5ForCausalLM"]) == "Step3p5ForCausalLM"
+
+
+def test_refused_arguments():
+    check_refused_arguments(SimpleNamespace(pp_size=1, moe_a2a_backend="none"))
+    with pytest.raises(ValueError, match="--moe-a2a-backend .here 'deepep'"):
+        check_refused_arguments(SimpleNamespace(pp_size=1, moe_a2a_backend="deepep"))
