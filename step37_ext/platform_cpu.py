@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from sglang.srt.platforms.interface import SRTPlatform
 
 NAME = "step37_cpu"
 
@@ -30,12 +30,11 @@ def selected() -> bool:
 
 
 class Step37CpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """A plain CPU: no graphs, no Triton, gloo between ranks."""
+    """A plain CPU. SGLang takes a platform that claims nothing to have no graphs and no Triton."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
-    capabilities = PlatformCapabilities()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         bind_ranks(server_args.tp_size)

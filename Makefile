@@ -1,0 +1,55 @@
+# Every target works in .venv, which is made at the first use and again when its lists change.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SGLANG_VERSIONS := 0.5.20 0.5.21 0.5.22 0.5.23
+WHEELS := out/wheels
+
+# One thread per process: SGLang's CPU path is 30 times slower when its small products are threaded.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help venv demo test lint compat clean
+
+help:
+	@echo "make demo    serve the small model with SGLang on this machine's CPU and check its answers"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make compat  check every SGLang name used against SGLang $(SGLANG_VERSIONS)"
+	@echo "make venv    only the environment, in $(VENV)"
+	@echo "make clean   remove $(VENV) and out/"
+
+venv: $(STAMP)
+
+# Editable, so a change of a source file needs no new install. Bytecode is compiled at first import:
+# compiling all of PyTorch and transformers takes longer than installing them.
+$(STAMP): pyproject.toml setup.py requirements/cpu-no-deps.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-compile --no-warn-conflicts -e ".[cpu,test]"
+	$(PIP) install --no-compile --no-deps -r requirements/cpu-no-deps.txt
+	$(BIN)/python -c "import sglang, step37_ext, step37_kernels"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/step37 demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# pip takes one version of a package at a time; a wheel that is there already is not asked for.
+compat: $(STAMP)
+	@for version in $(SGLANG_VERSIONS); do \
+	    ls $(WHEELS)/sglang-$$version-*.whl >/dev/null 2>&1 || \
+	    $(PIP) download --quiet --no-deps --only-binary :all: --dest $(WHEELS) sglang==$$version \
+	    || exit 1; \
+	done
+	$(BIN)/python -m step37_ext.compat $(SGLANG_VERSIONS:%=$(WHEELS)/sglang-%-*.whl)
+
+clean:
+	rm -rf $(VENV) out

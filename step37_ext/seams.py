@@ -1,0 +1,260 @@
+"""Every SGLang name that this package uses, with the use that is made of it.
+
+`step37_ext/compat.py` checks the list against SGLang's source, version by version, and a test sees
+that every import of SGLang in the package is on it.
+"""
+
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One SGLang name and how it is used; with neither `call` nor `takes` it only has to exist.
+
+    call: we call it, with these parameters: "name" passed by position, "name=" by keyword.
+    takes: we stand in for it (a hook, an override), and our function takes exactly these, starred
+        as in a signature; a "**name" at the end also takes what is not listed.
+    since, before: the SGLang versions in which it is used, the first and the first no longer.
+    """
+
+    target: str
+    why: str
+    call: tuple[str, ...] | None = None
+    takes: tuple[str, ...] | None = None
+    since: str | None = None
+    before: str | None = None
+
+    def applies_to(self, version: Version) -> bool:
+        """Whether the package uses this seam with that SGLang."""
+        return not (
+            (self.since is not None and version < Version(self.since))
+            or (self.before is not None and version >= Version(self.before))
+        )
+
+
+def _names(owner: str, why: str, *names: str) -> tuple[Seam, ...]:
+    """Attributes of one owner that only have to exist."""
+    return tuple(Seam(f"{owner}.{name}", why) for name in names)
+
+
+SRT = "sglang.srt"
+LAYERS = f"{SRT}.layers"
+LINEAR = f"{LAYERS}.linear"
+EMBEDDING = f"{LAYERS}.vocab_parallel_embedding"
+BACKEND = f"{LAYERS}.attention.base_attn_backend.AttentionBackend"
+QUANTIZATION = f"{LAYERS}.quantization.base_config"
+PLATFORM = f"{SRT}.platforms.interface.SRTPlatform"
+BATCH = f"{SRT}.model_executor.forward_batch_info.ForwardBatch"
+MULTIMODAL = f"{SRT}.models.step3p7.Step3p7ForConditionalGeneration"
+
+REGISTRATION = (
+    Seam(
+        f"{SRT}.plugins.hook_registry.HookRegistry.register",
+        "places a hook",
+        call=("target", "hook", "hook_type"),
+    ),
+    Seam(f"{SRT}.plugins.hook_registry.HookRegistry.apply_hooks", "wraps the targets", call=()),
+    Seam(f"{SRT}.plugins.hook_registry.HookType.AROUND", "the kind of hook placed"),
+    Seam(
+        f"{SRT}.arg_groups.resolution_hooks.register_resolution_hook",
+        "checks a start, and defaults its backends, while its arguments are resolved",
+        call=("name",),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.overrides.declare_resolution",
+        "sets a default among the server's arguments",
+        call=("server_args", "source", "attention_backend=", "model_loader_extra_config="),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.overrides.resolving_view",
+        "reads the server's arguments as resolved so far",
+        call=("server_args",),
+    ),
+    Seam(
+        f"{LAYERS}.attention.attention_registry.register_attention_backend",
+        "registers the attention backend",
+        call=("name",),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.choices.add_attention_backend_choices",
+        "makes its name valid in --attention-backend",
+    ),
+    Seam(f"{SRT}.configs.step3p5.Step3p5Config", "registered with transformers"),
+    Seam(f"{SRT}.configs.step3p7.Step3p7Config", "registered with transformers"),
+)
+
+HOOKED = (
+    Seam(
+        f"{SRT}.model_loader.utils.get_model_architecture",
+        "--model-impl step37 chooses the model class",
+        takes=("model_config",),
+    ),
+    Seam(
+        f"{SRT}.model_loader.loader._get_quantization_config",
+        "SGLang refuses fp32 activations for both quantised formats",
+        takes=("model_config", "load_config"),
+    ),
+    Seam(
+        f"{SRT}.model_executor.model_runner_components.moe_ep_setup"
+        ".check_quantized_moe_compatibility",
+        "SGLang refuses shards that begin inside an FP8 block",
+        call=("model_config=", "tp_size=", "moe_ep_size=", "moe_dp_size="),
+    ),
+    Seam(
+        f"{SRT}.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        "SGLang pads sizes on a CPU, which a checkpoint's shapes do not fit",
+        takes=("model_config", "load_config", "tp_size"),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.model_path_hook.handle_model_source_paths",
+        "the step of argument resolution at which a start is checked",
+        takes=("server_args",),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.platform_hook.handle_cpu_backends",
+        "SGLang chooses a CPU's attention backend without asking the platform",
+        takes=("server_args",),
+    ),
+)
+
+RUNTIME = (
+    Seam(f"{SRT}.runtime_context.attention_backends", "the server's choice", call=()),
+    Seam(f"{SRT}.runtime_context.get_model", "the checkpoint's folder", call=()),
+    Seam(f"{SRT}.runtime_context.get_parallel", "ranks and sizes", call=()),
+    Seam(
+        f"{SRT}.distributed.tensor_model_parallel_all_reduce",
+        "sums the expert block over ranks",
+        call=("input_",),
+    ),
+    *_names(f"{SRT}.model_executor.model_runner", "gives the cache to the backend", "ModelRunner"),
+    *_names(
+        BATCH,
+        "what a batch tells the attention backend",
+        "forward_mode",
+        "seq_lens",
+        "extend_seq_lens",
+        "req_pool_indices",
+        "out_cache_loc",
+    ),
+    Seam(
+        f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool.translate_loc_from_full_to_swa",
+        "slots of the sliding layers' own cache",
+        call=("kv_indices",),
+    ),
+)
+
+MODEL = (
+    Seam(
+        f"{LINEAR}.QKVParallelLinear",
+        "attention's q, k and v projection",
+        call=(
+            "hidden_size",
+            "head_size",
+            "total_num_heads",
+            "total_num_kv_heads",
+            "bias=",
+            "prefix=",
+        ),
+    ),
+    Seam(
+        f"{LINEAR}.MergedColumnParallelLinear",
+        "gate and up projection of the dense layers and the shared expert",
+        call=("input_size", "output_sizes", "bias=", "prefix="),
+    ),
+    Seam(
+        f"{LINEAR}.RowParallelLinear",
+        "output and down projections",
+        call=("input_size", "output_size", "bias=", "reduce_results=", "prefix="),
+    ),
+    Seam(
+        f"{LINEAR}.ColumnParallelLinear",
+        "the head gate and the vision projector",
+        call=("input_size", "output_size", "bias=", "gather_output=", "quant_config=", "prefix="),
+    ),
+    Seam(
+        f"{EMBEDDING}.VocabParallelEmbedding",
+        "token embedding",
+        call=("num_embeddings", "embedding_dim"),
+    ),
+    Seam(
+        f"{EMBEDDING}.ParallelLMHead", "output embedding", call=("num_embeddings", "embedding_dim")
+    ),
+    Seam(
+        f"{LAYERS}.logits_processor.LogitsProcessor",
+        "last hidden states to logits",
+        call=("config",),
+    ),
+    Seam(f"{LAYERS}.layernorm.GemmaRMSNorm", "the layers' norms", call=("hidden_size", "eps=")),
+    Seam(
+        f"{LAYERS}.radix_attention.RadixAttention",
+        "names a layer to the cache and the attention backend",
+        call=(
+            "num_heads",
+            "head_dim",
+            "scaling",
+            "num_kv_heads=",
+            "layer_id=",
+            "sliding_window_size=",
+            "prefix=",
+        ),
+    ),
+    *_names(
+        f"{LAYERS}.radix_attention.RadixAttention",
+        "what a layer tells the attention backend",
+        "k_scale_float",
+        "v_scale_float",
+        "tp_q_head_num",
+        "tp_k_head_num",
+        "qk_head_dim",
+    ),
+    Seam(
+        f"{LAYERS}.rotary_embedding.get_rope",
+        "the table of rotary cosines and sines",
+        call=("head_size", "rotary_dim=", "max_position=", "base=", "rope_scaling=", "dtype="),
+    ),
+    Seam(
+        f"{SRT}.models.step3_vl_10b.PerceptionEncoder",
+        "the vision encoder",
+        call=("config", "act_layer", "quant_config=", "prefix="),
+    ),
+    Seam(f"{SRT}.managers.schedule_batch.MultimodalDataItem", "one picture of a request"),
+    Seam(f"{MULTIMODAL}.get_image_feature", "called once per picture", takes=("items",)),
+    *_names(MULTIMODAL, "inherited", "forward", "pad_input_ids"),
+)
+
+OVERRIDDEN = (
+    Seam(f"{BACKEND}.init_forward_metadata", "cache metadata", takes=("forward_batch",)),
+    Seam(
+        f"{BACKEND}.forward_extend",
+        "attention of prompts",
+        takes=("q", "k", "v", "layer", "forward_batch", "save_kv_cache", "**kwargs"),
+    ),
+    Seam(
+        f"{BACKEND}.forward_decode",
+        "attention of one new token per sequence",
+        takes=("q", "k", "v", "layer", "forward_batch", "save_kv_cache", "**kwargs"),
+    ),
+    Seam(f"{BACKEND}.support_triton", "no Triton helpers on a CPU", takes=()),
+    Seam(
+        f"{QUANTIZATION}.QuantizationConfig.get_quant_method",
+        "leaves all but the routed experts unquantised",
+        takes=("layer", "prefix"),
+    ),
+    Seam(f"{QUANTIZATION}.QuantizeMethodBase", "what it returns"),
+    Seam(
+        f"{LAYERS}.quantization.unquant.UnquantizedLinearMethod",
+        "the method of every linear layer",
+        call=(),
+    ),
+    Seam(f"{LINEAR}.LinearBase", "tells a linear layer from others"),
+    Seam(f"{SRT}.platforms.cpu.CpuDeviceMixin", "base of the CPU platform"),
+    Seam(f"{PLATFORM}.apply_server_args_defaults", "binds ranks to cores", takes=("server_args",)),
+    Seam(f"{PLATFORM}.get_default_attention_backend", "our backend's name", takes=()),
+    Seam(f"{PLATFORM}.get_compile_backend", "no Inductor", takes=("mode",)),
+    Seam(f"{PLATFORM}.is_pin_memory_available", "there is nothing to pin for", takes=("device",)),
+    Seam(f"{SRT}.platforms.device_mixin.PlatformEnum.OOT", "the kind of the platform"),
+)
+
+SEAMS = REGISTRATION + HOOKED + RUNTIME + MODEL + OVERRIDDEN
