@@ -46,7 +46,7 @@ def qkv_of(module: Step3p7Attention, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("query_chunk", [3, 512])
+@pytest.mark.parametrize("query_chunk", [3, 128])
 def test_prefill_extend_and_decode_are_transformers(
     text_config, randomize, layer, query_chunk, monkeypatch
 ):

@@ -12,7 +12,7 @@ from step37_kernels.formats.e4m3 import to_e4m3
 from step37_kernels.reference.norm import gemma_rms_norm
 from step37_kernels.reference.rotary import apply_rotary
 
-_QUERY_CHUNK = 512  # bounds the scores held at once: Hq * 512 * keys
+_QUERY_CHUNK = 128  # bounds the scores held at once, Hq * 128 * keys, and what a window wastes
 
 
 def prologue(
