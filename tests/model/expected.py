@@ -73,7 +73,6 @@ class Subject:
     def __init__(self, worker: Worker, folder: Path, flags: str = "") -> None:
         self.folder = folder
         self.model: Any = transformers_model(folder)
-        _columns_first(self.model)
         self._worker, self._flags = worker, flags
 
     def served(self) -> Worker:
@@ -89,17 +88,6 @@ class Subject:
         """
         answer, stored = self.served().ask_and_read_cache(request, mutation)
         check(self.model, answer, E4M3Cache(self.model, cache_scales(self.folder), stored))
-
-
-def _columns_first(model: Any) -> None:
-    """Give the vision encoder's rotary embedding its two coordinates in the authors' order.
-
-    SGLang's encoder, a copy of Perception Encoder's, rotates the first half of a head's pairs by
-    the column and the second half by the row; transformers 5.19 does it the other way round.
-    """
-    model.model.vision_model.rotary_emb.register_forward_pre_hook(
-        lambda _, args: (args[0], args[1].flip(-1))
-    )
 
 
 class E4M3Cache(DynamicCache):
