@@ -1,0 +1,94 @@
+"""Starting and stopping: with remote code, without the plug-in, and in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from step37_ext.chat import ask, connect
+from step37_ext.checkpoint import WeightFormat
+from step37_ext.checkpoint.dialogues import DIALOGUES
+from step37_ext.local_server import PLATFORM, LocalServer, ServerDied
+
+Tiny = Callable[[WeightFormat], Path]
+ASKED = [dialogue for dialogue in DIALOGUES if dialogue.name in ("hello", "picture_ticket")]
+
+
+@pytest.fixture
+def with_auto_map(tiny: Tiny, tmp_path: Path) -> Path:
+    """A checkpoint that brings code of its own, which says so when it is run."""
+    folder = Path(shutil.copytree(tiny("bf16"), tmp_path / "with_auto_map"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_step3p7.Step3p7Config",
+        "AutoModelForCausalLM": "modeling_step3p7.Step3p7ForConditionalGeneration",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for module in ("configuration_step3p7", "modeling_step3p7"):
+        (folder / f"{module}.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
+def test_remote_code_starts_the_same_model(with_auto_map: Path) -> None:
+    with LocalServer(with_auto_map, "--trust-remote-code") as server:
+        server.wait_ready(Console())
+        with connect(server.url) as client:
+            assert [ask(client, asked).difference(asked) for asked in ASKED] == [None, None]
+
+
+def test_the_model_does_not_depend_on_remote_code(tiny: Tiny, with_auto_map: Path) -> None:
+    """What SGLang would start, in a process that goes no further than choosing the model class."""
+    script = Path(__file__).with_name("chosen_model.py")
+    output = subprocess.run(
+        [sys.executable, str(script), str(tiny("bf16")), str(with_auto_map)],
+        env=os.environ | PLATFORM,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    chosen = json.loads(output.splitlines()[-1])
+    assert len(chosen) == 4
+    assert chosen[0]["model"] == "step37_ext.model.multimodal.Step37ForConditionalGeneration"
+    assert all(one == chosen[0] for one in chosen)
+
+
+def test_without_the_plugin_the_start_fails(tiny: Tiny) -> None:
+    # SGLang loads the plug-ins that this variable names, and none has this name.
+    without = {"SGLANG_PLUGINS": "none"}
+    with (
+        pytest.raises(ServerDied, match="AmbiguousGlobalPerLayerAttributeError"),
+        LocalServer(tiny("bf16"), environment=without) as server,
+    ):
+        server.wait_ready(Console())
+
+
+def test_ctrl_c_leaves_no_process(tiny: Tiny) -> None:
+    processes: list[psutil.Process] = []
+    with pytest.raises(KeyboardInterrupt), LocalServer(tiny("bf16")) as server:
+        while len(processes) < 3:  # the server, and two of its workers
+            time.sleep(0.2)
+            parent = psutil.Process(server.pid)
+            processes = [parent, *parent.children(recursive=True)]
+        raise KeyboardInterrupt
+    deadline = time.monotonic() + 5  # a killed process takes a moment to give back its memory
+    while any(map(runs, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(runs, processes))
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process is there and not merely waiting to be reaped by its new parent."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,68 @@
+"""Real tensor-parallel ranks of SGLang's engine give one rank's tokens, in every format."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from step37_ext.checkpoint import FOUR_KV_HEADS, TINY, random_checkpoint
+from step37_ext.checkpoint.oracle import transformers_model
+
+SCRIPT = Path(__file__).with_name("engine_run.py")
+PROMPT = [20 + 37 * i % 500 for i in range(3 * TINY.sliding_window + 7)]
+NEW_TOKENS = 16
+
+
+def run_engine(model: Path, tp_size: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and their logprobs of SGLang's offline engine."""
+    run = subprocess.run(
+        [sys.executable, SCRIPT, model, str(tp_size), json.dumps(PROMPT)],
+        env=os.environ | {"SGLANG_PLATFORM": "step37_cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(run.stdout.splitlines()[-1])
+    return result["tokens"], torch.tensor(result["logprobs"])
+
+
+def check_against_transformers(model: Path, tokens: list[int], logprobs: torch.Tensor) -> None:
+    """Teacher-forced: every token is transformers' greedy one, with its logprob."""
+    oracle = transformers_model(model)
+    with torch.no_grad():
+        logits = oracle(input_ids=torch.tensor([PROMPT + tokens])).logits[0]
+    expected = logits[len(PROMPT) - 1 : -1].log_softmax(-1)
+    assert len(tokens) == NEW_TOKENS
+    assert expected.argmax(-1).tolist() == tokens
+    chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, chosen, rtol=0, atol=1e-3)
+
+
+def unquantise_cache(model: Path) -> None:
+    """Have the checkpoint ask for no FP8 cache, so that the cache is float32 as transformers'."""
+    for file, keys in (
+        ("config.json", ("quantization_config", "kv_cache_scheme")),
+        ("hf_quant_config.json", ("quantization", "kv_cache_quant_algo")),
+    ):
+        value = json.loads((model / file).read_text())
+        value[keys[0]].pop(keys[1], None)
+        (model / file).write_text(json.dumps(value))
+
+
+# The FP8 experts' 384 intermediate is three blocks: rank 1 begins in the middle of the second.
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8", "nvfp4"])
+def test_two_ranks(tmp_path, weight_format):
+    random_checkpoint(tmp_path / "model", weight_format, TINY)
+    if weight_format == "nvfp4":
+        unquantise_cache(tmp_path / "model")
+    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", 2))
+
+
+def test_four_ranks(tmp_path):
+    random_checkpoint(tmp_path / "model", "bf16", FOUR_KV_HEADS)
+    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", 4))
