@@ -33,7 +33,7 @@ def make_tiny_command(out: Path, weight_format: WeightFormat, quiet: bool) -> No
     The first call trains it for two to three minutes on two cores and caches the weights under
     ${XDG_CACHE_HOME:-~/.cache}/step37_ext.
     """
-    from step37_ext.checkpoint import make_tiny
+    from step37_ext.checkpoint.make import make_tiny
 
     try:
         make_tiny(out, weight_format, quiet=quiet)

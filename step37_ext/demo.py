@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from step37_ext.chat import Answer, ask, ask_streamed, connect, with_tool_results
-from step37_ext.checkpoint import WeightFormat, make_tiny
 from step37_ext.checkpoint.dialogues import DIALOGUES, WEATHER, Dialogue
+from step37_ext.checkpoint.make import make_tiny
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_ext.local_server import LocalServer, ServerDied
 from step37_ext.token_check import GreedyTokens, server_tokens, transformers_tokens
 

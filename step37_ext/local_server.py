@@ -22,11 +22,10 @@ _MODEL_ARGUMENTS = (
     *("--device", "cpu", "--model-impl", "step37"),
     *("--reasoning-parser", "step3p5", "--tool-call-parser", "step3p5"),
 )
-# A cache that fits any machine, room for 32 requests at once, and no core kept busy by waiting.
+# A cache that fits any machine, and room for 32 requests at once.
 _SMALL_MACHINE = (
     *("--max-total-tokens", "8192", "--max-running-requests", "32"),
     *("--mem-fraction-static", "0.3", "--skip-server-warmup", "--random-seed", "1"),
-    "--sleep-on-idle",
 )
 _GRACE = 20.0  # seconds between asking the processes to end and ending them
 

@@ -40,6 +40,7 @@ class Step37CpuPlatform(CpuDeviceMixin, SRTPlatform):
         bind_ranks(server_args.tp_size)
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        server_args.sleep_on_idle = True  # an idle scheduler would keep a whole core busy
 
     def get_default_attention_backend(self) -> str:
         return "step37"

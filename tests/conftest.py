@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from step37_ext.checkpoint import WeightFormat, make_tiny
+from step37_ext.checkpoint.make import make_tiny
+from step37_ext.checkpoint.weight_format import WeightFormat
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from step37_ext.checkpoint import TINY, random_checkpoint
 from step37_ext.checkpoint.headers import INDEX_FILE
+from step37_ext.checkpoint.make import random_checkpoint
+from step37_ext.checkpoint.spec import TINY
 from step37_ext.start_checks import (
     Parallel,
     check_architecture,

@@ -24,7 +24,7 @@ class Recipe:
     changes what comes out.
     """
 
-    version: int = 1
+    version: int = 2
     seed: int = 0
     steps: int = 80
     warmup_steps: int = 10

@@ -9,14 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from step37_ext.checkpoint import (
-    FOUR_KV_HEADS,
-    GROUPS_8_12,
-    TINY,
-    TinySpec,
-    WeightFormat,
-    random_checkpoint,
-)
+from step37_ext.checkpoint.make import random_checkpoint
+from step37_ext.checkpoint.spec import FOUR_KV_HEADS, GROUPS_8_12, TINY, TinySpec
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_kernels.formats import fp8_block, nvfp4
 
 BF16, FP32, E4M3, U8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoProcessor
 from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
 
-from step37_ext.checkpoint import TINY, WeightFormat
 from step37_ext.checkpoint.calibrate import routed_activations
 from step37_ext.checkpoint.dialogues import DIALOGUES
 from step37_ext.checkpoint.oracle import Example, encode, hidden_states, load_model, margins
 from step37_ext.checkpoint.release_layout import nvfp4_name, tensor_shapes
+from step37_ext.checkpoint.spec import TINY
 from step37_ext.checkpoint.tokenizer import render_prompt
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_kernels.formats.fp8_block import FP8BlockTensor
 from step37_kernels.formats.nvfp4 import NVFP4Tensor
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from step37_ext.checkpoint import TINY, TinySpec, cache, make, make_tiny, random_checkpoint
+from step37_ext.checkpoint import cache, make
 from step37_ext.checkpoint.init import initial_weights
+from step37_ext.checkpoint.make import make_tiny, random_checkpoint
 from step37_ext.checkpoint.release_layout import Calibration
+from step37_ext.checkpoint.spec import TINY, TinySpec
 from step37_ext.checkpoint.train import Recipe
 from step37_ext.cli import main
 

@@ -10,7 +10,7 @@ import pytest
 from expected import Subject
 from harness import Worker
 
-from step37_ext.checkpoint import WeightFormat
+from step37_ext.checkpoint.weight_format import WeightFormat
 
 
 @pytest.fixture(scope="session")

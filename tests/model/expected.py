@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
-from step37_ext.checkpoint import TINY
 from step37_ext.checkpoint.oracle import transformers_model
+from step37_ext.checkpoint.spec import TINY
 
 LOGPROB_BOUND = 1e-3
 """float32 against float32: the two differ in the order of their sums. A sum of a few hundred
@@ -113,14 +113,13 @@ class E4M3Cache(DynamicCache):
 
 
 def cache_scales(folder: Path) -> Scales:
-    """Each layer's `k_scale` and `v_scale` as the checkpoint in `folder` stores them."""
-    scales: dict[int, dict[str, float]] = {}
+    """Each layer's `k_scale` and `v_scale` as the checkpoint in `folder` stores them, else 1."""
+    scales: dict[int, dict[str, float]] = {i: {"k": 1.0, "v": 1.0} for i in range(TINY.layers)}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 if found := re.search(r"layers\.(\d+)\.self_attn\.._proj\.([kv])_scale$", name):
-                    layer = scales.setdefault(int(found[1]), {})
-                    layer[found[2]] = file.get_tensor(name).item()
+                    scales[int(found[1])][found[2]] = file.get_tensor(name).item()
     return {layer: (pair["k"], pair["v"]) for layer, pair in scales.items()}
 
 

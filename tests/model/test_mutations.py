@@ -17,7 +17,7 @@ from harness import Mutation, Request
 from torch import Tensor
 from torch.nn.functional import silu
 
-from step37_ext.checkpoint import TINY
+from step37_ext.checkpoint.spec import TINY
 
 # Three windows long, and one decode step.
 REQUEST = Request(noise(3 * TINY.sliding_window - 5, seed=1), new_tokens=2)

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoProcessor
 
-from step37_ext.checkpoint import GROUPS_8_12, TINY, WeightFormat, random_checkpoint
 from step37_ext.checkpoint.dialogues import DIALOGUES
+from step37_ext.checkpoint.make import random_checkpoint
+from step37_ext.checkpoint.spec import GROUPS_8_12, TINY
 from step37_ext.checkpoint.tokenizer import load_tokenizer, render_prompt
+from step37_ext.checkpoint.weight_format import WeightFormat
 
 TOKENIZER = load_tokenizer(TINY.vocab_size)
 BY_NAME = {dialogue.name: dialogue for dialogue in DIALOGUES}
@@ -105,6 +107,15 @@ def test_groups_of_8_and_12_heads(groups_of_8_and_12: Subject) -> None:
 def test_fp8_cache_with_the_checkpoints_scales(nvfp4_with_fp8_cache: Subject) -> None:
     """Every stored code the right one, and all else as exact as with a float32 cache."""
     nvfp4_with_fp8_cache.check_with_fp8_cache(Request(noise(5 * TINY.sliding_window)))
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8"])
+def test_fp8_cache_without_scales(
+    worker: Worker, tiny: Callable[[WeightFormat], Path], weight_format: WeightFormat
+) -> None:
+    """A checkpoint that stores no cache scales is cached with scales of 1."""
+    subject = Subject(worker, tiny(weight_format), "--kv-cache-dtype fp8_e4m3")
+    subject.check_with_fp8_cache(Request(noise(3 * TINY.sliding_window)))
 
 
 def test_clamps_bite(nvfp4_with_fp8_cache: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from step37_ext.checkpoint import TINY, random_checkpoint
 from step37_ext.checkpoint.headers import INDEX_FILE
+from step37_ext.checkpoint.make import random_checkpoint
+from step37_ext.checkpoint.spec import TINY
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.tensors import expected_tensors
 from step37_ext.model.weights import WeightLoader

@@ -10,7 +10,7 @@ from openai import OpenAI
 from rich.console import Console
 
 from step37_ext.chat import connect
-from step37_ext.checkpoint import WeightFormat
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_ext.local_server import LocalServer
 
 # In the checkpoint's own type, bfloat16; the demo serves in float32.

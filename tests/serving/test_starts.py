@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from step37_ext.chat import ask, connect
-from step37_ext.checkpoint import WeightFormat
 from step37_ext.checkpoint.dialogues import DIALOGUES
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_ext.local_server import PLATFORM, LocalServer, ServerDied
 
 Tiny = Callable[[WeightFormat], Path]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from step37_ext.checkpoint import FOUR_KV_HEADS, TINY, random_checkpoint
+from step37_ext.checkpoint.make import random_checkpoint
 from step37_ext.checkpoint.oracle import transformers_model
+from step37_ext.checkpoint.spec import FOUR_KV_HEADS, TINY
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 PROMPT = [20 + 37 * i % 500 for i in range(3 * TINY.sliding_window + 7)]
