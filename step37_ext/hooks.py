@@ -34,13 +34,12 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not is_ours(cfg):
         return
     check_refused_arguments(cfg)
+    # The reference operations read sequence lengths on the host, which no graph can record.
+    defaults: dict[str, Any] = {"disable_cuda_graph": True}
     if cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
-        declare_resolution(
-            server_args,
-            MODEL_IMPL,
-            model_loader_extra_config='{"enable_multithread_load": false}',
-        )
+        defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
+    declare_resolution(server_args, MODEL_IMPL, **defaults)
     folder = Path(cfg.model_path)
     if folder.is_dir():
         check_checkpoint(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization)

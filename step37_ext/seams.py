@@ -65,7 +65,13 @@ REGISTRATION = (
     Seam(
         f"{SRT}.arg_groups.overrides.declare_resolution",
         "sets a default among the server's arguments",
-        call=("server_args", "source", "attention_backend=", "model_loader_extra_config="),
+        call=(
+            "server_args",
+            "source",
+            "attention_backend=",
+            "disable_cuda_graph=",
+            "model_loader_extra_config=",
+        ),
     ),
     Seam(
         f"{SRT}.arg_groups.overrides.resolving_view",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from step37_ext.checkpoint.make import make_tiny
+from step37_ext.checkpoint.make import make_tiny, random_checkpoint
+from step37_ext.checkpoint.spec import TINY
 from step37_ext.checkpoint.weight_format import WeightFormat
 
 
@@ -28,3 +29,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightFormat], P
         return folders[weight_format]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[WeightFormat, Path]:
+    """Weight format -> folder of the small model before training, for tests of files and names."""
+    root = tmp_path_factory.mktemp("untrained")
+    folders: dict[WeightFormat, Path] = {name: root / name for name in ("bf16", "fp8", "nvfp4")}
+    for name, folder in folders.items():
+        random_checkpoint(folder, name, TINY)
+    return folders

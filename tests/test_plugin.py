@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from step37_ext import hooks, plugin
+from step37_ext import hooks, platform_cpu, plugin
 from step37_ext.model.multimodal import Step37ForConditionalGeneration
 from step37_ext.model.text import Step37ForCausalLM
 
@@ -60,6 +60,79 @@ def test_a_target_that_cannot_be_wrapped_is_named(monkeypatch):
     target = "sglang.srt.model_loader.utils.should_async_load"
     with pytest.raises(RuntimeError, match=f"{target} could not be wrapped"):
         plugin._around((target, lambda original, *args: original(*args)))
+
+
+class Arguments(SimpleNamespace):
+    """Server arguments, and what a resolution step declares of them."""
+
+    def __init__(self, **fields):
+        super().__init__(
+            **{
+                "model_impl": "step37",
+                "model_path": "a-repository/not-a-folder",
+                "device": "cpu",
+                "attention_backend": None,
+                "model_loader_extra_config": "{}",
+            }
+            | fields
+        )
+        self.declared = {}
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    monkeypatch.setattr(hooks, "resolving_view", lambda arguments: arguments)
+    monkeypatch.setattr(
+        hooks,
+        "declare_resolution",
+        lambda arguments, source, **fields: arguments.declared.update(fields),
+    )
+
+    def run(step, **fields):
+        arguments = Arguments(**fields)
+        step(arguments, lambda server_args: None)
+        return arguments.declared
+
+    return run
+
+
+def test_defaults_of_a_start(resolve):
+    streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
+    assert resolve(hooks.check_start) == {"disable_cuda_graph": True} | streaming
+    users = '{"num_threads": 4}'
+    chosen = resolve(hooks.check_start, model_loader_extra_config=users)
+    assert "model_loader_extra_config" not in chosen
+    assert resolve(hooks.check_start, model_impl="auto") == {}
+
+
+def test_attention_backend_on_a_cpu(resolve):
+    ours = {"attention_backend": "step37"}
+    assert resolve(hooks.default_cpu_backends) == ours
+    assert resolve(hooks.default_cpu_backends, attention_backend="torch_native") == {}
+    assert resolve(hooks.default_cpu_backends, device="cuda") == {}
+    assert resolve(hooks.default_cpu_backends, model_impl="auto") == {}
+
+
+def test_platform_is_only_there_when_selected(monkeypatch):
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    assert platform_cpu.activate() is None
+    monkeypatch.setenv("SGLANG_PLATFORM", "step37_cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert platform_cpu.activate() == "step37_ext.platform_cpu:Step37CpuPlatform"
+
+
+def test_platform_defaults(monkeypatch):
+    # Set first, so that what the platform sets is undone after the test.
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
+    monkeypatch.setattr(platform_cpu.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    arguments = SimpleNamespace(tp_size=4, max_total_tokens=None)
+    platform_cpu.Step37CpuPlatform().apply_server_args_defaults(arguments)
+    assert platform_cpu.os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1|2|0"
+    assert arguments.max_total_tokens == platform_cpu.MAX_TOTAL_TOKENS and arguments.sleep_on_idle
+    arguments = SimpleNamespace(tp_size=1, max_total_tokens=5000)
+    platform_cpu.Step37CpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.max_total_tokens == 5000
 
 
 START = """

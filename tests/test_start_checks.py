@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from step37_ext.checkpoint.headers import INDEX_FILE
-from step37_ext.checkpoint.make import random_checkpoint
-from step37_ext.checkpoint.spec import TINY
 from step37_ext.start_checks import (
     Parallel,
     check_architecture,
@@ -23,20 +21,12 @@ FORMATS = ("bf16", "fp8", "nvfp4")
 ONE_RANK = Parallel()
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("untrained")
-    for weight_format in FORMATS:
-        random_checkpoint(root / weight_format, weight_format, TINY)
-    return {weight_format: root / weight_format for weight_format in FORMATS}
-
-
 @pytest.fixture
-def copy(originals, tmp_path):
+def copy(untrained, tmp_path):
     """A private copy of an untrained checkpoint of a format."""
 
     def make(weight_format: str) -> Path:
-        return Path(shutil.copytree(originals[weight_format], tmp_path / "copy"))
+        return Path(shutil.copytree(untrained[weight_format], tmp_path / "copy"))
 
     return make
 
@@ -68,8 +58,8 @@ def refusal(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_good_checkpoints_pass(originals, weight_format, tp_size):
-    check_checkpoint(originals[weight_format], Parallel(tp_size), None)
+def test_good_checkpoints_pass(untrained, weight_format, tp_size):
+    check_checkpoint(untrained[weight_format], Parallel(tp_size), None)
 
 
 GATE = "model.layers.1.moe.gate_proj.weight"
@@ -145,9 +135,9 @@ def test_unsupported_fp8_block_and_method(copy):
     assert "'awq'" in refusal(folder)
 
 
-def test_flag_must_fit_the_checkpoint(originals):
-    check_checkpoint(originals["nvfp4"], Parallel(), "modelopt_fp4")
-    message = refusal(originals["bf16"], flag="fp8")
+def test_flag_must_fit_the_checkpoint(untrained):
+    check_checkpoint(untrained["nvfp4"], Parallel(), "modelopt_fp4")
+    message = refusal(untrained["bf16"], flag="fp8")
     assert "--quantization 'fp8'" in message and "bf16" in message
 
 
@@ -159,8 +149,8 @@ def test_flag_must_fit_the_checkpoint(originals):
         ("bf16", Parallel(tp_size=2, ep_size=4), "--ep-size 4"),
     ],
 )
-def test_ranks_must_divide(originals, weight_format, parallel, named):
-    assert named in refusal(originals[weight_format], parallel)
+def test_ranks_must_divide(untrained, weight_format, parallel, named):
+    assert named in refusal(untrained[weight_format], parallel)
 
 
 def test_experts_must_divide(copy):

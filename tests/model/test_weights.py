@@ -10,21 +10,12 @@ import torch
 from safetensors import safe_open
 
 from step37_ext.checkpoint.headers import INDEX_FILE
-from step37_ext.checkpoint.make import random_checkpoint
 from step37_ext.checkpoint.spec import TINY
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.tensors import expected_tensors
 from step37_ext.model.weights import WeightLoader
 
 FORMATS = ("bf16", "fp8", "nvfp4")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("untrained")
-    for weight_format in FORMATS:
-        random_checkpoint(root / weight_format, weight_format, TINY)
-    return {weight_format: root / weight_format for weight_format in FORMATS}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,40 +61,40 @@ class Run:
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_every_tensor_is_loaded_or_skipped(folders, weight_format):
-    run = Run(folders[weight_format], weight_format)(stored(folders[weight_format]))
+def test_every_tensor_is_loaded_or_skipped(untrained, weight_format):
+    run = Run(untrained[weight_format], weight_format)(stored(untrained[weight_format]))
     assert set(run.loaded) == set(run.loader.expected)
     scales = {(layer, which) for layer in range(TINY.layers) for which in "kv"}
     assert set(run.attentions.scales) == (scales if weight_format == "nvfp4" else set())
 
 
-def test_one_tensor_at_a_time(folders):
+def test_one_tensor_at_a_time(untrained):
     """When a tensor is asked for, all earlier ones are gone."""
     alive: list[weakref.ref] = []
 
     def stream():
-        for name, tensor in stored(folders["bf16"]).items():
+        for name, tensor in stored(untrained["bf16"]).items():
             assert not [ref for ref in alive if ref() is not None]
             copy = tensor.clone()
             alive.append(weakref.ref(copy))
             yield name, copy
             del copy
 
-    Run(folders["bf16"], "bf16")(stream())
+    Run(untrained["bf16"], "bf16")(stream())
     assert alive
 
 
-def test_releases_differ(folders):
+def test_releases_differ(untrained):
     """No MTP tensors; cache scales under another module; the text prefix of another export."""
-    tensors = stored(folders["nvfp4"])
-    expected = Run(folders["nvfp4"], "nvfp4")(tensors)
+    tensors = stored(untrained["nvfp4"])
+    expected = Run(untrained["nvfp4"], "nvfp4")(tensors)
     other = {}
     for name, tensor in tensors.items():
         if name.startswith(tuple(f"model.layers.{TINY.layers + i}." for i in range(3))):
             continue
         name = name.replace("k_proj.k_scale", "attn.k_scale").replace("v_proj.v_scale", "v_scale")
         other[name.replace("model.language_model.", "language_model.model.")] = tensor
-    run = Run(folders["nvfp4"], "nvfp4")(other)
+    run = Run(untrained["nvfp4"], "nvfp4")(other)
     assert run.loaded == expected.loaded
     assert run.attentions.scales == expected.attentions.scales
 
@@ -112,9 +103,9 @@ GATE = "model.layers.2.moe.gate.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_router_gate_in_either_type(folders, dtype):
-    tensors = stored(folders["bf16"])
-    Run(folders["bf16"], "bf16")(tensors | {GATE: tensors[GATE].to(dtype)})
+def test_router_gate_in_either_type(untrained, dtype):
+    tensors = stored(untrained["bf16"])
+    Run(untrained["bf16"], "bf16")(tensors | {GATE: tensors[GATE].to(dtype)})
 
 
 def failure(folder, weight_format, tensors) -> str:
@@ -123,8 +114,8 @@ def failure(folder, weight_format, tensors) -> str:
     return str(caught.value)
 
 
-def test_what_is_wrong_is_named(folders):
-    folder, tensors = folders["bf16"], stored(folders["bf16"])
+def test_what_is_wrong_is_named(untrained):
+    folder, tensors = untrained["bf16"], stored(untrained["bf16"])
     file = json.loads((folder / INDEX_FILE).read_text())["weight_map"][GATE]
     without = {name: tensor for name, tensor in tensors.items() if name != GATE}
     message = failure(folder, "bf16", without)
@@ -137,11 +128,11 @@ def test_what_is_wrong_is_named(folders):
     assert "model.layers.1.strange" in message and "STEP37_STRICT=0" in message
 
 
-def test_quantised_shared_expert_is_refused(folders):
+def test_quantised_shared_expert_is_refused(untrained):
     """An export that quantises more than the routed experts is not loaded as if it did not."""
     name = "model.layers.1.share_expert.up_proj.weight"
-    tensors = stored(folders["fp8"])
+    tensors = stored(untrained["fp8"])
     message = failure(
-        folders["fp8"], "fp8", tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
+        untrained["fp8"], "fp8", tensors | {name: tensors[name].to(torch.float8_e4m3fn)}
     )
     assert name in message and "F8_E4M3" in message
