@@ -37,7 +37,7 @@ def make_tiny_command(out: Path, weight_format: WeightFormat, quiet: bool) -> No
 
     try:
         make_tiny(out, weight_format, quiet=quiet)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
+from step37_ext.checkpoint.location import folder_with_configs, local_folder
 from step37_ext.model.attention import ATTENTION_BACKEND
 from step37_ext.quantization import Step37QuantConfig, check_flag, checkpoint_format
 from step37_ext.start_checks import (
@@ -15,8 +16,9 @@ from step37_ext.start_checks import (
     MULTIMODAL,
     Parallel,
     check_architecture,
-    check_checkpoint,
+    check_config,
     check_refused_arguments,
+    check_tensors,
 )
 
 MODEL_IMPL = "step37"
@@ -34,15 +36,17 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not is_ours(cfg):
         return
     check_refused_arguments(cfg)
-    # The reference operations read sequence lengths on the host, which no graph can record.
+    # Some reference operations read numbers on the host, which no graph can record.
     defaults: dict[str, Any] = {"disable_cuda_graph": True}
     if cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
         defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
     declare_resolution(server_args, MODEL_IMPL, **defaults)
-    folder = Path(cfg.model_path)
-    if folder.is_dir():
-        check_checkpoint(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization)
+    folder = folder_with_configs(cfg.model_path, cfg.revision)
+    if folder is not None:
+        checked = check_config(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization)
+        if folder == Path(cfg.model_path):  # a repository's weights may still have to be fetched
+            check_tensors(folder, checked)
 
 
 def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -55,10 +59,11 @@ def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
 
 def model_architecture(original: Callable, model_config: Any) -> tuple[type, str]:
     """Around `get_model_architecture`: our classes under `--model-impl step37`."""
+    if is_ours(model_config) and model_config.hf_config.architectures != [MTP]:
+        check_architecture(model_config.hf_config.architectures)
     stock, architecture = original(model_config)
     if not is_ours(model_config) or architecture == MTP:
         return stock, architecture
-    check_architecture([architecture])
     if architecture == MULTIMODAL:
         from step37_ext.model.multimodal import Step37ForConditionalGeneration
 
@@ -72,8 +77,8 @@ def quantization_config(original: Callable, model_config: Any, load_config: Any)
     """Around `_get_quantization_config`: stock refuses float32, and FP8 and NVFP4 off its GPUs."""
     if not is_ours(model_config):
         return original(model_config, load_config)
-    path = Path(model_config.model_path)
-    checkpoint = checkpoint_format(model_config.hf_config, path if path.is_dir() else None)
+    folder = local_folder(model_config.model_path, model_config.revision)
+    checkpoint = checkpoint_format(model_config.hf_config, folder)
     check_flag(model_config.quantization, checkpoint.weights)
     return None if checkpoint.weights == "bf16" else Step37QuantConfig(checkpoint)
 

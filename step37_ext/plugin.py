@@ -26,6 +26,17 @@ def register() -> None:
 
 
 def _register() -> None:
+    from step37_ext.compat import supported_version, unchecked_version
+
+    installed = version("sglang")
+    if refusal := supported_version(installed):
+        raise RuntimeError(refusal)
+    if warning := unchecked_version(installed):
+        logger.warning(warning)
+    _register_seams()
+
+
+def _register_seams() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.configs.step3p5 import Step3p5Config
@@ -34,7 +45,6 @@ def _register() -> None:
     from transformers import AutoConfig
 
     from step37_ext import hooks
-    from step37_ext.compat import supported_version, unchecked_version
 
     # transformers 5.13 and later have classes of these names too, which SGLang cannot read.
     AutoConfig.register("step3p5", Step3p5Config, exist_ok=True)
@@ -42,12 +52,6 @@ def _register() -> None:
 
     register_resolution_hook("handle_model_source_paths")(hooks.check_start)
     register_resolution_hook("handle_cpu_backends")(hooks.default_cpu_backends)
-
-    installed = version("sglang")
-    if refusal := supported_version(installed):
-        raise RuntimeError(refusal)
-    if warning := unchecked_version(installed):
-        logger.warning(warning)
 
     register_attention_backend("step37")(hooks.attention_backend)
     add_attention_backend_choices(["step37"])
@@ -75,32 +79,43 @@ def _around(*wrappers: tuple[str, Any]) -> None:
     """Wrap each target, and see that it was: SGLang only logs a target that has moved."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    stock = {}
     for target, wrapper in wrappers:
         try:
-            pkgutil.resolve_name(target)
+            stock[target] = pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"{target} is not in this SGLang ({error})") from error
         HookRegistry.register(target, wrapper, HookType.AROUND)
     HookRegistry.apply_hooks()
-    for target, _ in wrappers:
-        if not hasattr(pkgutil.resolve_name(target), "__wrapped__"):
+    for target, original in stock.items():
+        if pkgutil.resolve_name(target) is original:
             raise RuntimeError(f"{target} could not be wrapped")
 
 
 def _fail_where_asked_for(message: str) -> None:
-    """Raise `message` in a start with `--model-impl step37`, as early as SGLang lets it."""
+    """Raise `message` in a start with `--model-impl step37`, as early as this SGLang lets it."""
 
-    def stop(server_args: Any, previous: Any) -> None:
-        if str(getattr(server_args, "model_impl", "")).lower() == "step37":
+    def stop(config: Any) -> None:
+        if str(getattr(config, "model_impl", "")).lower() == "step37":
             raise RuntimeError(message)
+
+    def resolution_step(server_args: Any, previous: Any) -> None:
+        stop(server_args)
         previous(server_args)
+
+    def choice_of_class(original: Any, model_config: Any) -> Any:
+        stop(model_config)
+        return original(model_config)
 
     try:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-        register_resolution_hook("handle_model_source_paths")(stop)
+        register_resolution_hook("handle_model_source_paths")(resolution_step)
     except Exception:
-        # An SGLang without that seam: all that is left is the command line.
-        arguments = " ".join(sys.argv).replace("=", " ")
-        if "--model-impl step37" in arguments:
+        # An SGLang without that seam: its command line, and the class of a model in any start.
+        if "--model-impl step37" in " ".join(sys.argv).replace("=", " "):
             raise SystemExit(message) from None
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        target = f"{MODEL_LOADER}.utils.get_model_architecture"
+        HookRegistry.register(target, choice_of_class, HookType.AROUND)

@@ -91,6 +91,43 @@ REGISTRATION = (
     Seam(f"{SRT}.configs.step3p7.Step3p7Config", "registered with transformers"),
 )
 
+ARGUMENTS = tuple(
+    seam
+    for owner, names in {
+        "device.Device": ("device", "sleep_on_idle"),
+        "exec_.ExecGraph": (
+            "disable_cuda_graph",
+            "cuda_graph_backend_decode",
+            "cuda_graph_backend_prefill",
+        ),
+        "exec_.ExecKernel": ("attention_backend",),
+        "exec_.ExecMoe": ("moe_a2a_backend", "ep_num_redundant_experts", "enable_eplb"),
+        "exec_.ExecOverlap": ("enable_two_batch_overlap",),
+        "lora.Lora": ("enable_lora",),
+        "model.Model": (
+            "model_path",
+            "revision",
+            "model_impl",
+            "quantization",
+            "model_loader_extra_config",
+        ),
+        "parallel.Parallel": (
+            "tp_size",
+            "ep_size",
+            "pp_size",
+            "attn_dp_size",
+            "attn_cp_size",
+            "dcp_size",
+            "moe_dp_size",
+            "enable_dp_attention",
+            "enable_layernorm_sp",
+        ),
+        "schedule.Schedule": ("max_total_tokens",),
+        "spec.Spec": ("speculative_algorithm",),
+    }.items()
+    for seam in _names(f"{SRT}.arg_groups.fields.{owner}", "a server argument read or set", *names)
+)
+
 HOOKED = (
     Seam(
         f"{SRT}.model_loader.utils.get_model_architecture",
@@ -143,6 +180,29 @@ RUNTIME = (
         "extend_seq_lens",
         "req_pool_indices",
         "out_cache_loc",
+        "spec_info",
+    ),
+    *_names(
+        f"{SRT}.model_executor.forward_batch_info.ForwardMode",
+        "what the attention backend asks of a batch",
+        "is_decode_or_idle",
+    ),
+    *_names(
+        f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool",
+        "where the attention backend reads and writes",
+        "get_key_buffer",
+        "get_value_buffer",
+    ),
+    Seam(
+        f"{LAYERS}.logits_processor.LogitsProcessor.forward",
+        "logits of the last position of each sequence",
+        call=(
+            "input_ids",
+            "hidden_states",
+            "lm_head",
+            "logits_metadata",
+            "hidden_states_before_norm=",
+        ),
     ),
     Seam(
         f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool.translate_loc_from_full_to_swa",
@@ -263,4 +323,4 @@ OVERRIDDEN = (
     Seam(f"{SRT}.platforms.device_mixin.PlatformEnum.OOT", "the kind of the platform"),
 )
 
-SEAMS = REGISTRATION + HOOKED + RUNTIME + MODEL + OVERRIDDEN
+SEAMS = REGISTRATION + ARGUMENTS + HOOKED + RUNTIME + MODEL + OVERRIDDEN

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from sglang.srt.runtime_context import attention_backends, get_model
 
+from step37_ext.checkpoint.location import local_folder
+
 
 def attention_backend_names() -> tuple[str, str]:
     """Names of the attention backends for prefill and for decode."""
@@ -13,6 +15,6 @@ def attention_backend_names() -> tuple[str, str]:
 
 
 def checkpoint_folder() -> Path | None:
-    """The checkpoint's folder, or None if the server was given a repository's name."""
-    path = Path(get_model().model_path)
-    return path if path.is_dir() else None
+    """The checkpoint's folder, or None if it is not on this machine."""
+    model = get_model()
+    return local_folder(model.model_path, model.revision)

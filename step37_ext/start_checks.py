@@ -1,21 +1,21 @@
 """What can be known to be wrong before a server starts: one sentence in the parent process.
 
-Everything here reads config.json and the safetensors headers of a local checkpoint; a repository
-that is not downloaded yet is checked while it loads (`model/weights.py`) by the same tables.
+`check_config` reads config files, which of a repository are fetched first; `check_tensors` reads
+the safetensors headers of a local folder. A repository's tensors are checked by the same tables
+while they load (`model/weights.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from step37_ext.checkpoint.headers import INDEX_FILE, TensorHeader, read_headers, read_json
-from step37_ext.checkpoint.headers import weight_map as read_weight_map
+from step37_ext.checkpoint.headers import INDEX_FILE, read_headers, read_json, weight_map
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.tensors import (
     NVFP4_GROUP,
@@ -25,7 +25,7 @@ from step37_ext.model.tensors import (
     expected_tensors,
     skip_reason,
 )
-from step37_ext.quantization import check_flag, checkpoint_format
+from step37_ext.quantization import CheckpointFormat, check_flag, checkpoint_format
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("ep_num_redundant_experts", "--ep-num-redundant-experts", (0, None)),
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False, None)),
     ("enable_lora", "--enable-lora", (False, None)),
+    ("enable_eplb", "--enable-eplb", (False, None)),
+    ("enable_layernorm_sp", "--enable-layernorm-sp", (False, None)),
+    ("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled")),
+    ("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill", (None, "disabled")),
 )
 
 
@@ -79,10 +83,30 @@ def check_refused_arguments(config: Any) -> None:
         value = getattr(config, name, off[0])
         if value not in off:
             raise ValueError(f"--model-impl step37 does not support {flag} (here {value!r})")
+    speculative = getattr(config, "speculative_algorithm", None)
+    if speculative and "step37" in (config.attention_backend, default_attention_backend(config)):
+        raise ValueError(
+            "the attention backend step37 does not support --speculative-algorithm "
+            f"(here {speculative!r})"
+        )
 
 
-def check_checkpoint(folder: Path, parallel: Parallel, quantization_flag: str | None) -> None:
-    """Check a local checkpoint's config, files, tensors and how it divides over ranks.
+def default_attention_backend(config: Any) -> str | None:
+    """The backend chosen where the user chooses none: ours on a CPU, elsewhere SGLang's choice."""
+    return "step37" if config.device == "cpu" and config.attention_backend is None else None
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """What a checkpoint's config says about its tensors."""
+
+    text: TextShape
+    vision: VisionShape | None
+    checkpoint: CheckpointFormat
+
+
+def check_config(folder: Path, parallel: Parallel, quantization_flag: str | None) -> CheckedConfig:
+    """Check a checkpoint's config files, and how the model divides over ranks.
 
     Raises:
         ValueError: the first thing that is wrong, by name.
@@ -91,17 +115,14 @@ def check_checkpoint(folder: Path, parallel: Parallel, quantization_flag: str | 
     architecture = check_architecture(config.get("architectures"))
     checkpoint = checkpoint_format(config, folder)
     check_flag(quantization_flag, checkpoint.weights)
-    text_config = config.get("text_config", config)
-    text = TextShape.from_config(SimpleNamespace(**text_config))
+    text = TextShape.from_config(SimpleNamespace(**config.get("text_config", config)))
+    check_parallel(text, parallel, checkpoint.weights)
     vision = None
     if architecture == MULTIMODAL:
         nested = {key: SimpleNamespace(**config[key]) for key in ("text_config", "vision_config")}
         vision = VisionShape.from_config(SimpleNamespace(**(config | nested)))
-    check_parallel(text, parallel, checkpoint.weights)
-    if vision is not None:
         _divides(parallel.tp_size, vision.heads, f"the vision encoder's {vision.heads} heads")
-    expected = expected_tensors(text, vision, checkpoint.weights)
-    check_tensors(read_headers(folder), expected, text, read_weight_map(folder))
+    return CheckedConfig(text, vision, checkpoint)
 
 
 def check_parallel(text: TextShape, parallel: Parallel, weights: str) -> None:
@@ -133,32 +154,45 @@ def check_parallel(text: TextShape, parallel: Parallel, weights: str) -> None:
         )
 
 
-def check_tensors(
-    headers: Mapping[str, TensorHeader],
-    expected: Mapping[str, TensorSpec],
-    text: TextShape,
-    weight_map: Mapping[str, str] | None,
-) -> None:
-    """Compare stored tensors with the expected ones.
+def check_tensors(folder: Path, checked: CheckedConfig) -> None:
+    """Compare the tensors stored in a folder with the ones that its config calls for.
 
     Raises:
-        ValueError: a tensor that is missing or has the wrong shape or type, with its name, what is
-            expected and the file; or names that nobody knows.
+        ValueError: a file that is missing or truncated; a tensor that is missing or has the wrong
+            shape or type, with its name, what is expected and the file; a name that nobody knows.
     """
-    stored = {canonical_name(name): (name, header) for name, header in headers.items()}
-    by_canonical = {canonical_name(name): file for name, file in (weight_map or {}).items()}
+    text = checked.text
+    expected = expected_tensors(text, checked.vision, checked.checkpoint.weights)
+    stored = {canonical_name(name): (name, h) for name, h in read_headers(folder).items()}
+    files = {canonical_name(name): file for name, file in (weight_map(folder) or {}).items()}
     for name, spec in expected.items():
         if name not in stored:
-            raise ValueError(missing_tensor(name, spec, by_canonical.get(name)))
+            raise ValueError(missing_tensor(name, spec, files.get(name)))
         original, header = stored[name]
         if problem := spec.problem(header.shape, header.dtype):
             raise ValueError(f"checkpoint: {original} in {header.file} {problem}")
-    unknown = [
-        original
-        for name, (original, _) in stored.items()
-        if name not in expected and not skip_reason(name, text) and not cache_scale(name)
-    ]
-    report_unknown(unknown)
+    others = [name for name in stored if name not in expected and not skip_reason(name, text)]
+    scales = {scale for name in others if (scale := cache_scale(name, text))}
+    check_cache_scales(scales, text)
+    report_unknown([stored[name][0] for name in others if not cache_scale(name, text)])
+
+
+def check_cache_scales(scales: Collection[tuple[int, str]], text: TextShape) -> None:
+    """Check that a checkpoint has KV-cache scales for all layers or for none.
+
+    Args:
+        scales: (layer, "k" or "v") of those that there are.
+
+    Raises:
+        ValueError: only some layers have them, with the first that is missing.
+    """
+    wanted = [(layer, which) for layer in range(len(text.layers)) for which in "kv"]
+    missing = [scale for scale in wanted if scale not in scales]
+    if scales and missing:
+        layer, which = missing[0]
+        raise ValueError(
+            f"checkpoint: {which}_scale of layer {layer} is missing, while other layers have theirs"
+        )
 
 
 def missing_tensor(name: str, spec: TensorSpec, file: str | None) -> str:

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# What `pip install sglang==VERSION` pins of our dependencies (its METADATA and PyTorch's).
+# What `pip install sglang==VERSION` pins of our dependencies (its METADATA and PyTorch's); 0.5.21
+# pins the same as 0.5.20, and 0.5.22 as 0.5.23.
 IMAGES = {
     "0.5.20": {"torch": "2.13.0", "triton": "3.7.1", "transformers": "5.12.1"},
     "0.5.23": {"torch": "2.14.1", "triton": "3.8.0", "transformers": "5.19.0"},

@@ -8,13 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sglang.srt.arg_groups.arg_utils import field_names
+from sglang.srt.server_args import ServerArgs
 
+from step37_ext import start_checks
 from step37_ext.checkpoint.headers import INDEX_FILE
+from step37_ext.checkpoint.spec import TINY
 from step37_ext.start_checks import (
     Parallel,
     check_architecture,
-    check_checkpoint,
+    check_config,
     check_refused_arguments,
+    check_tensors,
 )
 
 FORMATS = ("bf16", "fp8", "nvfp4")
@@ -50,16 +55,20 @@ def rewrite(path: Path, edit) -> None:
     path.write_text(json.dumps(value))
 
 
+def check(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None) -> None:
+    check_tensors(folder, check_config(folder, parallel, flag))
+
+
 def refusal(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None) -> str:
     with pytest.raises(ValueError) as caught:
-        check_checkpoint(folder, parallel, flag)
+        check(folder, parallel, flag)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_good_checkpoints_pass(untrained, weight_format, tp_size):
-    check_checkpoint(untrained[weight_format], Parallel(tp_size), None)
+    check(untrained[weight_format], Parallel(tp_size))
 
 
 GATE = "model.layers.1.moe.gate_proj.weight"
@@ -112,7 +121,7 @@ def test_unknown_name_stops_unless_told(copy, monkeypatch, caplog):
     change(folder, GATE, lambda tensors: tensors.update({strange: torch.zeros(2)}))
     assert strange in (message := refusal(folder)) and "STEP37_STRICT=0" in message
     monkeypatch.setenv("STEP37_STRICT", "0")
-    check_checkpoint(folder, Parallel(), None)
+    check(folder)
     assert [strange in record.message for record in caplog.records] == [True]
 
 
@@ -136,7 +145,7 @@ def test_unsupported_fp8_block_and_method(copy):
 
 
 def test_flag_must_fit_the_checkpoint(untrained):
-    check_checkpoint(untrained["nvfp4"], Parallel(), "modelopt_fp4")
+    check(untrained["nvfp4"], flag="modelopt_fp4")
     message = refusal(untrained["bf16"], flag="fp8")
     assert "--quantization 'fp8'" in message and "bf16" in message
 
@@ -183,7 +192,49 @@ def test_architecture():
     assert check_architecture(["Step3p5ForCausalLM"]) == "Step3p5ForCausalLM"
 
 
+def arguments(**fields) -> SimpleNamespace:
+    return SimpleNamespace(**({"device": "cpu", "attention_backend": None, "pp_size": 1} | fields))
+
+
 def test_refused_arguments():
-    check_refused_arguments(SimpleNamespace(pp_size=1, moe_a2a_backend="none"))
+    check_refused_arguments(arguments(moe_a2a_backend="none"))
     with pytest.raises(ValueError, match="--moe-a2a-backend .here 'deepep'"):
-        check_refused_arguments(SimpleNamespace(pp_size=1, moe_a2a_backend="deepep"))
+        check_refused_arguments(arguments(moe_a2a_backend="deepep"))
+
+
+def test_refused_arguments_are_server_arguments():
+    """A renamed one would be refused no more, without anyone noticing."""
+    known = set(field_names(ServerArgs))
+    names = {name for name, _, _ in start_checks._REFUSED_ARGUMENTS} - {"enable_dp_attention"}
+    assert names - known == set()
+
+
+@pytest.mark.parametrize("backend", [None, "step37"])
+def test_drafts_are_refused_on_our_attention_backend(backend):
+    drafting = arguments(speculative_algorithm="EAGLE", attention_backend=backend)
+    with pytest.raises(ValueError, match="step37 does not support --speculative-algorithm"):
+        check_refused_arguments(drafting)
+    drafting.attention_backend = "fa3"
+    check_refused_arguments(drafting)
+
+
+def test_cache_scales_for_all_layers_or_none(copy):
+    folder = copy("nvfp4")
+    name = "model.language_model.layers.2.self_attn.v_proj.v_scale"
+    change(folder, name, lambda tensors: tensors.pop(name))
+    rewrite(folder / INDEX_FILE, lambda index: index["weight_map"].pop(name))
+    assert "v_scale of layer 2 is missing" in refusal(folder)
+
+
+def test_mtp_layers_are_known_by_the_lists_too(copy):
+    folder = copy("bf16")
+    config = folder / "config.json"
+    rewrite(config, lambda c: c["text_config"].pop("num_nextn_predict_layers"))
+    check(folder)
+
+    def shorten(config):
+        text = config["text_config"]
+        text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+
+    rewrite(config, shorten)
+    assert f"model.layers.{TINY.layers}." in refusal(folder)

@@ -29,8 +29,8 @@ _CALIBRATION = "calibration."
 def cache_file(recipe: Recipe) -> Path:
     """Where the weights trained by `recipe` are kept.
 
-    The name holds a hash of everything that they depend on: sizes, dialogues with their pictures,
-    chat template, tokenizer and recipe.
+    The name holds a hash of what they depend on: sizes, dialogues with their pictures, chat
+    template, tokenizer and recipe, whose `version` stands for the code that trains.
     """
     recipe_of_all = {
         "spec": asdict(TINY),

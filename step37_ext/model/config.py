@@ -115,7 +115,7 @@ class TextShape:
             router_renormalize=bool(_get(config, "norm_expert_weight", True)),
             has_router_bias=bool(_get(config, "use_moe_router_bias", False)),
             has_head_gate=bool(_get(config, "use_head_wise_attn_gate", False)),
-            num_mtp_layers=int(_get(config, "num_nextn_predict_layers", 0) or 0),
+            num_mtp_layers=_mtp_layers(config, depth),
             layers=layers,
         )
 
@@ -150,6 +150,13 @@ def _limit(config: Any, name: str, index: int, depth: int) -> float | None:
     if value is not None and value < 0:
         raise ValueError(f"config: {name}[{index}] is {value}; a limit is 0 (none) or positive")
     return float(value) if value else None
+
+
+def _mtp_layers(config: Any, depth: int) -> int:
+    """As the config counts them, or as its per-layer lists go on after the decoder's layers."""
+    return max(
+        int(_get(config, "num_nextn_predict_layers", 0)), len(_get(config, "layer_types")) - depth
+    )
 
 
 def _moe_layers(value: Any) -> frozenset[int]:

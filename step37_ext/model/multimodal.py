@@ -76,6 +76,7 @@ class Step37ForConditionalGeneration(Step3p7ForConditionalGeneration):
             language.weight_format,
             language.loaders() | self._vision_loaders(),
             language.attentions(),
+            language.dtype,
         ).run(weights, checkpoint_folder())
 
     def _vision_loaders(self) -> dict[str, Load]:

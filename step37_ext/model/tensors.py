@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass
 
 from step37_ext.model.config import TextShape, VisionShape
+from step37_kernels.formats.nvfp4 import GROUP_SIZE
 
 FLOATS = ("BF16", "F16", "F32")
 """Stored types of what is never quantised, in safetensors' spelling."""
 
 FP8_BLOCK = 128
-NVFP4_GROUP = 16
+NVFP4_GROUP = GROUP_SIZE
 
 _PREFIXES = (
     ("model.language_model.lm_head.", "lm_head."),
@@ -56,14 +57,16 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def cache_scale(name: str) -> tuple[int, str] | None:
-    """(layer, "k" or "v") if a canonical name is a KV-cache scale, wherever it is kept.
+def cache_scale(name: str, text: TextShape) -> tuple[int, str] | None:
+    """(layer, "k" or "v") if a canonical name is a decoder layer's KV-cache scale.
 
     The module that carries the scale is not the same in all exports, so that any name inside a
     layer that ends in `.k_scale` or `.v_scale` counts.
     """
     match = _CACHE_SCALE.match(name)
-    return (int(match[1]), match[2]) if match else None
+    if match is None or int(match[1]) >= len(text.layers):
+        return None
+    return int(match[1]), match[2]
 
 
 def skip_reason(name: str, text: TextShape) -> str | None:
@@ -127,7 +130,7 @@ def _layer_tensors(text: TextShape, index: int, weight_format: str) -> dict[str,
     if not layer.is_moe:
         return specs | _mlp("mlp", text.dense_intermediate, hidden)
     specs |= _mlp("share_expert", text.shared_intermediate, hidden)
-    specs["moe.gate.weight"] = TensorSpec((text.num_experts, hidden))
+    specs["moe.gate.weight"] = TensorSpec((text.num_experts, hidden), ("BF16", "F32"))
     if text.has_router_bias:
         specs["moe.router_bias"] = TensorSpec((text.num_experts,))
     for name, rows, cols in (

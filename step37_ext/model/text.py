@@ -164,6 +164,10 @@ class Step37ForCausalLM(nn.Module):
     def end_layer(self) -> int:
         return self.model.end_layer
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
@@ -194,9 +198,9 @@ class Step37ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Stream a checkpoint's tensors into the model (see `WeightLoader`)."""
-        WeightLoader(self.text, None, self.weight_format, self.loaders(), self.attentions()).run(
-            weights, checkpoint_folder()
-        )
+        WeightLoader(
+            self.text, None, self.weight_format, self.loaders(), self.attentions(), self.dtype
+        ).run(weights, checkpoint_folder())
 
     def attentions(self) -> list[Attention]:
         return [layer.self_attn for layer in self.model.decoder_layers()]

@@ -14,7 +14,7 @@ from step37_ext.checkpoint.headers import weight_map
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.load import Load
 from step37_ext.model.tensors import cache_scale, canonical_name, expected_tensors, skip_reason
-from step37_ext.start_checks import missing_tensor, report_unknown
+from step37_ext.start_checks import check_cache_scales, missing_tensor, report_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ STORED_TYPES = {
 """torch's types in safetensors' spelling."""
 
 
+_KEPT_IN_F32 = (".moe.gate.weight", ".router_bias", ".weight_scale_inv", ".weight_scale_2")
+"""Tensors whose parameters hold float32 whatever the model's type is."""
+
+
 class TakesCacheScale(Protocol):
     def set_cache_scale(self, which: str, scale: torch.Tensor) -> None: ...
 
@@ -38,6 +42,7 @@ class WeightLoader:
     Args:
         loads: what to do with each expected tensor, by canonical name.
         attentions: one per layer, in order, to take KV-cache scales.
+        dtype: the model's; what is stored in float32 beyond it is rounded, with a warning.
     """
 
     def __init__(
@@ -47,8 +52,9 @@ class WeightLoader:
         weight_format: str,
         loads: Mapping[str, Load],
         attentions: Sequence[TakesCacheScale],
+        dtype: torch.dtype,
     ) -> None:
-        self.text, self.loads, self.attentions = text, loads, attentions
+        self.text, self.loads, self.attentions, self.dtype = text, loads, attentions, dtype
         self.expected = expected_tensors(text, vision, weight_format)
         if unlike := set(self.expected) ^ set(loads):
             raise AssertionError(f"modules and expected tensors disagree: {sorted(unlike)[:5]}")
@@ -65,14 +71,19 @@ class WeightLoader:
         files = {canonical_name(n): f for n, f in ((folder and weight_map(folder)) or {}).items()}
         missing = dict(self.expected)
         skipped: Counter[str] = Counter()
+        scales: set[tuple[int, str]] = set()
         unknown: list[str] = []
+        rounded: list[str] = []
         for original, tensor in weights:
             name = canonical_name(original)
             if name in self.expected:
                 self._load(original, name, tensor, files.get(name))
                 missing.pop(name, None)
-            elif scale := cache_scale(name):
-                self._load_cache_scale(*scale, tensor)
+                if tensor.dtype == torch.float32 and not name.endswith(_KEPT_IN_F32):
+                    rounded.append(original)
+            elif scale := cache_scale(name, self.text):
+                self.attentions[scale[0]].set_cache_scale(scale[1], tensor)
+                scales.add(scale)
             elif reason := skip_reason(name, self.text):
                 skipped[reason] += 1
             else:
@@ -81,6 +92,14 @@ class WeightLoader:
         report_unknown(unknown)
         for name, spec in missing.items():
             raise ValueError(missing_tensor(name, spec, files.get(name)))
+        check_cache_scales(scales, self.text)
+        if rounded and self.dtype != torch.float32:
+            logger.warning(
+                "step37: %d tensors are stored in float32 and rounded to %s, %s among them",
+                len(rounded),
+                self.dtype,
+                rounded[0],
+            )
         for reason, count in skipped.items():
             logger.info("step37: skipped %d tensors on purpose (%s)", count, reason)
 
@@ -90,7 +109,3 @@ class WeightLoader:
             where = f" in {file}" if file else ""
             raise ValueError(f"checkpoint: {original}{where} {problem}")
         self.loads[name](tensor)
-
-    def _load_cache_scale(self, layer: int, which: str, tensor: torch.Tensor) -> None:
-        if layer < len(self.attentions):  # MTP layers' scales belong to the draft model
-            self.attentions[layer].set_cache_scale(which, tensor)

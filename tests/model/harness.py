@@ -95,6 +95,10 @@ class Worker:
             self._call(_Child.load, folder, flags)
             self._loaded = (folder, flags)
 
+    def stored_types(self) -> dict[str, torch.dtype]:
+        """The type of every parameter of the loaded text model, by name."""
+        return self._call(_Child.stored_types)
+
     def ask(self, *requests: Request) -> list[Answer]:
         """Answers to `requests`, which run as one batch, with an empty radix cache before them."""
         return self._call(_Child.ask, requests)
@@ -174,6 +178,10 @@ class _Child:
         self.scheduler = Scheduler(server_args, ports)
         self.scheduler.ingest_requests = self._stop_when_finished
         self.images = _image_processor(server_args, self.scheduler.model_config.hf_config)
+
+    def stored_types(self) -> dict[str, torch.dtype]:
+        model = self.scheduler.tp_worker.model_runner.model.language_model
+        return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def ask(self, requests: tuple[Request, ...]) -> list[Answer]:
         self.scheduler.flush_cache()

@@ -109,6 +109,24 @@ def test_fp8_cache_with_the_checkpoints_scales(nvfp4_with_fp8_cache: Subject) ->
     nvfp4_with_fp8_cache.check_with_fp8_cache(Request(noise(5 * TINY.sliding_window)))
 
 
+@pytest.mark.parametrize(
+    "weight_format, stored", [("fp8", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_router_gate_keeps_its_stored_type(
+    worker: Worker,
+    tiny: Callable[[WeightFormat], Path],
+    weight_format: WeightFormat,
+    stored: torch.dtype,
+) -> None:
+    """Whatever the model's type, here the other one."""
+    other = "bfloat16" if stored == torch.float32 else "float32"
+    worker.load(tiny(weight_format), f"--dtype {other}")
+    types = worker.stored_types()
+    gates = [dtype for name, dtype in types.items() if name.endswith(".moe.gate")]
+    assert gates == [stored] * len(TINY.moe_layers)
+    assert types["lm_head.weight"] == getattr(torch, other)
+
+
 @pytest.mark.parametrize("weight_format", ["bf16", "fp8"])
 def test_fp8_cache_without_scales(
     worker: Worker, tiny: Callable[[WeightFormat], Path], weight_format: WeightFormat

@@ -52,7 +52,7 @@ class Run:
             for name in expected_tensors(text, vision, weight_format)
         }
         layers = [self.attentions.of_layer(index) for index in range(len(text.layers))]
-        self.loader = WeightLoader(text, vision, weight_format, loads, layers)
+        self.loader = WeightLoader(text, vision, weight_format, loads, layers, torch.bfloat16)
         self.folder = folder
 
     def __call__(self, tensors) -> "Run":
@@ -103,9 +103,19 @@ GATE = "model.layers.2.moe.gate.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_router_gate_in_either_type(untrained, dtype):
+def test_router_gate_in_either_type(untrained, dtype, caplog):
     tensors = stored(untrained["bf16"])
-    Run(untrained["bf16"], "bf16")(tensors | {GATE: tensors[GATE].to(dtype)})
+    run = Run(untrained["bf16"], "bf16")(tensors | {GATE: tensors[GATE].to(dtype)})
+    assert GATE in run.loaded and "rounded" not in caplog.text
+    message = failure(untrained["bf16"], "bf16", tensors | {GATE: tensors[GATE].half()})
+    assert GATE in message and "F16" in message
+
+
+def test_rounding_is_not_silent(untrained, caplog):
+    name = "model.layers.1.input_layernorm.weight"
+    tensors = stored(untrained["bf16"])
+    Run(untrained["bf16"], "bf16")(tensors | {name: tensors[name].float()})
+    assert "1 tensors are stored in float32 and rounded to torch.bfloat16" in caplog.text
 
 
 def failure(folder, weight_format, tensors) -> str:

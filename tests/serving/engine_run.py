@@ -1,4 +1,7 @@
-"""Run SGLang's offline engine once: MODEL TP PROMPT_IDS (JSON) to greedy tokens and logprobs."""
+"""Run SGLang's offline engine once: MODEL PROMPT_IDS ARGUMENTS to greedy tokens and logprobs.
+
+Prompt, arguments (those of `sglang.Engine`) and what is printed are JSON.
+"""
 
 import json
 import sys
@@ -6,17 +9,17 @@ import sys
 import sglang
 
 
-def main(model: str, tp_size: str, prompt: str) -> None:
+def main(model: str, prompt: str, arguments: str) -> None:
     engine = sglang.Engine(
         model_path=model,
         model_impl="step37",
         device="cpu",
         dtype="float32",
-        tp_size=int(tp_size),
         max_total_tokens=4096,
         mem_fraction_static=0.3,
         skip_server_warmup=True,
         log_level="error",
+        **json.loads(arguments),
     )
     try:
         result = engine.generate(

@@ -40,10 +40,17 @@ def with_auto_map(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 def test_remote_code_starts_the_same_model(with_auto_map: Path) -> None:
+    """And the server logs once which implementation runs each operation."""
     with LocalServer(with_auto_map, "--trust-remote-code") as server:
         server.wait_ready(Console())
         with connect(server.url) as client:
             assert [ask(client, asked).difference(asked) for asked in ASKED] == [None, None]
+
+        log = server.log_tail(10_000)
+    rows = [line.split("\u2502")[1:-1] for line in log.splitlines() if "reference" in line]
+    table = {cells[0].strip(): [cell.strip() for cell in cells[1:4]] for cells in rows}
+    assert table["attend"] == ["0-3", "-", "reference"]
+    assert table["experts"] == ["1-3", "bf16", "reference"]
 
 
 def test_the_model_does_not_depend_on_remote_code(tiny: Tiny, with_auto_map: Path) -> None:

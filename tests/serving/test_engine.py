@@ -1,14 +1,17 @@
-"""Real tensor-parallel ranks of SGLang's engine give one rank's tokens, in every format."""
+"""SGLang's offline engine with real ranks, and with the text model alone, gives the same tokens."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from step37_ext.checkpoint.headers import INDEX_FILE
 from step37_ext.checkpoint.make import random_checkpoint
 from step37_ext.checkpoint.oracle import transformers_model
 from step37_ext.checkpoint.spec import FOUR_KV_HEADS, TINY
@@ -18,10 +21,10 @@ PROMPT = [20 + 37 * i % 500 for i in range(3 * TINY.sliding_window + 7)]
 NEW_TOKENS = 16
 
 
-def run_engine(model: Path, tp_size: int) -> tuple[list[int], torch.Tensor]:
+def run_engine(model: Path, **arguments: object) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and their logprobs of SGLang's offline engine."""
     run = subprocess.run(
-        [sys.executable, SCRIPT, model, str(tp_size), json.dumps(PROMPT)],
+        [sys.executable, SCRIPT, model, json.dumps(PROMPT), json.dumps(arguments)],
         env=os.environ | {"SGLANG_PLATFORM": "step37_cpu"},
         capture_output=True,
         text=True,
@@ -61,9 +64,33 @@ def test_two_ranks(tmp_path, weight_format):
     random_checkpoint(tmp_path / "model", weight_format, TINY)
     if weight_format == "nvfp4":
         unquantise_cache(tmp_path / "model")
-    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", 2))
+    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", tp_size=2))
 
 
 def test_four_ranks(tmp_path):
     random_checkpoint(tmp_path / "model", "bf16", FOUR_KV_HEADS)
-    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", 4))
+    check_against_transformers(tmp_path / "model", *run_engine(tmp_path / "model", tp_size=4))
+
+
+def test_two_ranks_with_whole_experts(tmp_path):
+    """Expert parallelism: each rank holds half of the experts, and all of each."""
+    random_checkpoint(tmp_path / "model", "fp8", TINY)
+    answer = run_engine(tmp_path / "model", tp_size=2, ep_size=2)
+    check_against_transformers(tmp_path / "model", *answer)
+
+
+def test_text_model_alone(tmp_path):
+    """`Step3p5ForCausalLM`: the text model's config and tensors, without encoder and projector."""
+    random_checkpoint(tmp_path / "whole", "bf16", TINY)
+    text = shutil.copytree(tmp_path / "whole", tmp_path / "text")
+    config = json.loads((text / "config.json").read_text())
+    config["text_config"]["architectures"] = ["Step3p5ForCausalLM"]
+    (text / "config.json").write_text(json.dumps(config["text_config"]))
+    (text / "preprocessor_config.json").unlink()
+    (text / INDEX_FILE).unlink()
+    for path in text.glob("*.safetensors"):
+        tensors = {n: t for n, t in load_file(path).items() if not n.startswith("vi")}
+        path.unlink()
+        if tensors:
+            save_file(tensors, path, metadata={"format": "pt"})
+    check_against_transformers(tmp_path / "whole", *run_engine(text))
