@@ -29,6 +29,11 @@ def is_ours(config: Any) -> bool:
     return str(config.model_impl).lower() == MODEL_IMPL
 
 
+def is_draft(model_config: Any) -> bool:
+    """Whether a model config is that of the MTP layers, which SGLang's own class serves."""
+    return model_config.hf_config.architectures == [MTP]
+
+
 def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution step: stop with one sentence in the parent process if this cannot work."""
     previous(server_args)
@@ -59,11 +64,10 @@ def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
 
 def model_architecture(original: Callable, model_config: Any) -> tuple[type, str]:
     """Around `get_model_architecture`: our classes under `--model-impl step37`."""
-    if is_ours(model_config) and model_config.hf_config.architectures != [MTP]:
-        check_architecture(model_config.hf_config.architectures)
-    stock, architecture = original(model_config)
-    if not is_ours(model_config) or architecture == MTP:
-        return stock, architecture
+    if not is_ours(model_config) or is_draft(model_config):
+        return original(model_config)
+    check_architecture(model_config.hf_config.architectures)
+    _, architecture = original(model_config)  # which also notes its choice in the config
     if architecture == MULTIMODAL:
         from step37_ext.model.multimodal import Step37ForConditionalGeneration
 
@@ -75,7 +79,7 @@ def model_architecture(original: Callable, model_config: Any) -> tuple[type, str
 
 def quantization_config(original: Callable, model_config: Any, load_config: Any) -> Any:
     """Around `_get_quantization_config`: stock refuses float32, and FP8 and NVFP4 off its GPUs."""
-    if not is_ours(model_config):
+    if not is_ours(model_config) or is_draft(model_config):
         return original(model_config, load_config)
     folder = local_folder(model_config.model_path, model_config.revision)
     checkpoint = checkpoint_format(model_config.hf_config, folder)

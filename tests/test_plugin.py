@@ -42,13 +42,17 @@ def test_other_model_impl_is_untouched():
         calls.append((args, kwargs))
         return "stock"
 
+    draft = SimpleNamespace(
+        model_impl="step37", hf_config=SimpleNamespace(architectures=["Step3p5MTP"])
+    )
     assert hooks.quantization_config(stock, other, None) == "stock"
+    assert hooks.quantization_config(stock, draft, None) == "stock"
     assert hooks.cpu_padding(stock, other, None, 2) == "stock"
     hooks.quantized_moe_compatibility(stock, model_config=other, tp_size=2)
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert hooks.cpu_padding(stock, ours, None, 2) is ours
     hooks.quantized_moe_compatibility(stock, model_config=ours, tp_size=2)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_a_target_that_has_moved_is_named():
