@@ -22,12 +22,13 @@ help:
 
 venv: $(STAMP)
 
-# Editable, so a change of a source file needs no new install. Bytecode is compiled at first import:
-# compiling all of PyTorch and transformers takes longer than installing them.
+# Editable, so a change of a source file needs no new install. pip compiles the bytecode: every start
+# of a server imports thousands of files in several processes, which would compile them each time
+# where PYTHONDONTWRITEBYTECODE is set.
 $(STAMP): pyproject.toml setup.py requirements/cpu-no-deps.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile --no-warn-conflicts -e ".[cpu,test]"
-	$(PIP) install --no-compile --no-deps -r requirements/cpu-no-deps.txt
+	$(PIP) install --no-warn-conflicts -e ".[cpu,test]"
+	$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
 	$(BIN)/python -c "import sglang, step37_ext, step37_kernels"
 	touch $@
 
