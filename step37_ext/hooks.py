@@ -9,7 +9,6 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
-from step37_ext.model.attention import ATTENTION_BACKEND
 from step37_ext.quantization import Step37QuantConfig, check_flag, checkpoint_format
 from step37_ext.start_checks import (
     MTP,
@@ -19,6 +18,7 @@ from step37_ext.start_checks import (
     check_config,
     check_refused_arguments,
     check_tensors,
+    default_attention_backend,
 )
 
 MODEL_IMPL = "step37"
@@ -57,8 +57,9 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
 def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution step: our attention backend on a CPU, where SGLang does not ask the platform."""
     cfg = resolving_view(server_args)
-    if is_ours(cfg) and cfg.device == "cpu" and cfg.attention_backend is None:
-        declare_resolution(server_args, MODEL_IMPL, attention_backend=ATTENTION_BACKEND)
+    backend = default_attention_backend(cfg) if is_ours(cfg) else None
+    if backend is not None and cfg.attention_backend is None:
+        declare_resolution(server_args, MODEL_IMPL, attention_backend=backend)
     previous(server_args)
 
 

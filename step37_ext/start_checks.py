@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from step37_ext.checkpoint.headers import INDEX_FILE, read_headers, read_json, weight_map
+from step37_ext.model.attention import ATTENTION_BACKEND
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.tensors import (
     NVFP4_GROUP,
@@ -84,16 +85,17 @@ def check_refused_arguments(config: Any) -> None:
         if value not in off:
             raise ValueError(f"--model-impl step37 does not support {flag} (here {value!r})")
     speculative = getattr(config, "speculative_algorithm", None)
-    if speculative and "step37" in (config.attention_backend, default_attention_backend(config)):
+    backend = config.attention_backend or default_attention_backend(config)
+    if speculative and backend == ATTENTION_BACKEND:
         raise ValueError(
-            "the attention backend step37 does not support --speculative-algorithm "
+            f"the attention backend {backend} does not support --speculative-algorithm "
             f"(here {speculative!r})"
         )
 
 
 def default_attention_backend(config: Any) -> str | None:
-    """The backend chosen where the user chooses none: ours on a CPU, elsewhere SGLang's choice."""
-    return "step37" if config.device == "cpu" and config.attention_backend is None else None
+    """What stands in for a backend that the user did not choose: ours on a CPU, else SGLang's."""
+    return ATTENTION_BACKEND if config.device == "cpu" else None
 
 
 @dataclass(frozen=True)
