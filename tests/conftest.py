@@ -6,10 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from step37_ext.checkpoint.make import make_tiny, random_checkpoint
-from step37_ext.checkpoint.spec import TINY
-from step37_ext.checkpoint.weight_format import WeightFormat
+from step37_kernels import interpret
+
+if not torch.cuda.is_available():
+    interpret.enable()  # before anything imports triton
+
+from step37_ext.checkpoint.make import make_tiny, random_checkpoint  # noqa: E402
+from step37_ext.checkpoint.spec import TINY  # noqa: E402
+from step37_ext.checkpoint.weight_format import WeightFormat  # noqa: E402
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a kernel runs: in the interpreter on the CPU, and on the GPU where there is one."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        return torch.device("cuda")
+    if not interpret.enabled():
+        pytest.skip("the interpreter is off where there is a GPU")
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Attention's Triton kernels over a paged cache: prologue, decode, extend; policy apart."""

@@ -1,0 +1,71 @@
+"""Compile every shipped configuration and hold it against its limits.
+
+    python -m step37_kernels.evidence [--arch 90] [--json FILE] [--jobs 2] [WORD ...]
+
+Words choose the cases whose name contains all of them. The exit status is 1 if a limit is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import click
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from step37_kernels.evidence import attention_cases, expert_cases
+from step37_kernels.evidence.limits import Case, Finding, examine
+
+
+def all_cases() -> list[Case]:
+    """Every shipped configuration, both architectures."""
+    return [*expert_cases.cases(), *attention_cases.cases()]
+
+
+def _examine_at(index: int) -> list[Finding]:
+    return examine(all_cases()[index])
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(["90", "100"]), help="Only this architecture.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures here.")
+@click.option("--jobs", default=2, show_default=True, help="Compile so many cases at a time.")
+@click.argument("words", nargs=-1)
+def main(arch: str | None, path: Path | None, jobs: int, words: tuple[str, ...]) -> None:
+    """Compile every shipped configuration and hold it against its limits."""
+    chosen = [
+        index
+        for index, case in enumerate(all_cases())
+        if (arch is None or case.arch == int(arch)) and all(word in case.name for word in words)
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        findings = [one for found in pool.map(_examine_at, chosen) for one in found]
+    table = Table(title=f"Machine code by Triton {triton.__version__}", title_justify="left")
+    for column in ("case", "kernel", "sm", "regs", "shared", "per SM", "unit", "flight", "faults"):
+        table.add_column(column)
+    for one in findings:
+        shown = one.figures
+        table.add_row(
+            one.case,
+            one.kernel,
+            str(one.arch),
+            str(shown["registers"]),
+            str(shown["shared_bytes"]),
+            str(shown["blocks_per_sm"]),
+            str(shown.get("per_unit", "")),
+            f"{shown['bytes_in_flight'] // 1024}K",
+            "; ".join(one.faults),
+        )
+    Console(width=160).print(table)
+    if path is not None:
+        content = {"triton": triton.__version__, "findings": [vars(one) for one in findings]}
+        path.write_text(json.dumps(content, indent=1))
+    sys.exit(any(one.faults for one in findings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Shipped configurations of the attention kernels, with the limits of their machine code."""
+
+from __future__ import annotations
+
+from step37_kernels.evidence.limits import Case
+
+
+def cases() -> list[Case]:
+    """One case per format, shape and architecture that the tile policy chooses apart."""
+    return []
