@@ -11,11 +11,14 @@ def require(
     tensor: Tensor,
     shape: Sequence[int | None],
     dtypes: Sequence[torch.dtype] = (),
+    contiguous: bool = False,
 ) -> None:
     """Check `tensor` against `shape` (None: any size) and `dtypes` (empty: any).
 
+    With `contiguous` its memory has to be dense in row-major order, as kernels address it.
+
     Raises:
-        ValueError: the tensor's shape or dtype is another one.
+        ValueError: the tensor's shape, dtype or layout is another one.
     """
     fits = len(tensor.shape) == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
@@ -26,6 +29,8 @@ def require(
     if dtypes and tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous memory")
 
 
 def require_floating(name: str, tensor: Tensor) -> None:

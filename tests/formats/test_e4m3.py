@@ -77,7 +77,20 @@ def test_token_groups_stay_within_half_a_step():
     assert error.max() > 0
 
 
+def test_a_shard_keeps_the_groups_of_the_whole():
+    x = torch.randn(3, 384)
+    whole = torch.cat([torch.zeros(3, 96), x], dim=1)  # zeros change no group's maximum
+    expected, expected_scale = quantize_per_token_group(whole)
+    q, scale = quantize_per_token_group(x, offset=96)
+    assert torch.equal(q.view(torch.uint8), expected[:, 96:].view(torch.uint8))
+    assert torch.equal(scale, expected_scale) and scale.shape == (3, 4)
+    back = dequantize_per_token_group(q, scale, offset=96)
+    assert torch.equal(back, dequantize_per_token_group(expected, expected_scale)[:, 96:])
+
+
 def test_token_groups_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="offset is 128, expected 0 to 127"):
+        quantize_per_token_group(torch.zeros(1, 4), offset=128)
     with pytest.raises(ValueError, match="group_size is 0"):
         quantize_per_token_group(torch.zeros(1, 4), 0)
     q, scale = quantize_per_token_group(torch.ones(2, 256))

@@ -6,6 +6,8 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
 from step37_kernels.formats import fp8_block, nvfp4
+from step37_kernels.formats.e4m3 import dequantize_per_token_group, quantize_per_token_group
+from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.experts import experts
 
 E, K, N, TOP_K = 12, 64, 48, 3
@@ -177,6 +179,45 @@ def test_fp8_activations_round_hidden_per_token_and_128_channels():
         got = experts(hidden, *args, activations="fp8")[:, 0]
         x = hidden[:, channel]
         torch.testing.assert_close(got, torch.nn.functional.silu(x) * x, rtol=2**-20, atol=0)
+
+
+def test_fp8_groups_of_the_intermediate_are_the_weights_blocks():
+    """A rank that begins inside a block has groups of 64, 128 and 64 channels."""
+    torch.manual_seed(0)
+    gate, up = (fp8_block.quantize(torch.randn(1, 320, K) * K**-0.5) for _ in range(2))
+    down = fp8_block.quantize(torch.randn(1, K, 320))
+    rows, blocks, offset = slice(64, 320), slice(0, 3), 64
+    weights = FP8Experts(
+        torch.cat([gate.data[:, rows], up.data[:, rows]], 1),
+        torch.stack([gate.scale_inv[:, blocks], up.scale_inv[:, blocks]], 1),
+        down.data[:, :, rows].contiguous(),
+        down.scale_inv[:, :, blocks],
+        intermediate_offset=offset,
+    )
+    hidden, ones = torch.randn(4, K), torch.ones(4, 1)
+    ids = torch.zeros(4, 1, dtype=torch.int32)
+    got = experts(hidden, weights, ones, ids, None, activations="fp8")
+    x = dequantize_per_token_group(*quantize_per_token_group(hidden))
+    gate_up = torch.cat([x @ weights.gate(0, x.dtype).T, x @ weights.up(0, x.dtype).T], -1)
+    middle = swiglu_step(gate_up, None)
+    q, scale = quantize_per_token_group(middle, offset=offset)
+    rounded = dequantize_per_token_group(q, scale, offset=offset)
+    torch.testing.assert_close(got, rounded @ weights.down(0, x.dtype).T, rtol=1e-5, atol=1e-5)
+    from_zero = dequantize_per_token_group(*quantize_per_token_group(middle))
+    assert not torch.allclose(got, from_zero @ weights.down(0, x.dtype).T, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shared_expert_is_added_before_rounding():
+    hidden, weights = (
+        torch.randn(3, K).bfloat16(),
+        BF16Experts(torch.zeros(2, 32, K).bfloat16(), torch.zeros(2, K, 16).bfloat16()),
+    )
+    ids, scale = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    shared = torch.randn(4, 3, K)
+    got = experts(hidden, weights, scale, ids, None, shared=shared)
+    assert torch.equal(got, shared.sum(0).bfloat16())
+    with pytest.raises(ValueError, match="shared has shape"):
+        experts(hidden, weights, scale, ids, None, shared=shared[0])
 
 
 def test_fp8_activations_round_hidden_and_intermediate():

@@ -1,10 +1,11 @@
-"""Shipped configurations of the expert kernels, with the limits of their machine code."""
+"""Shipped configurations of the expert layer, with the limits of their machine code."""
 
 from __future__ import annotations
 
+from step37_kernels.evidence import routing_cases
 from step37_kernels.evidence.limits import Case
 
 
 def cases() -> list[Case]:
-    """One case per format, shape and architecture that the tile policy chooses apart."""
-    return []
+    """One case per format, shape and architecture that the tile policy tells apart."""
+    return [*routing_cases.cases()]

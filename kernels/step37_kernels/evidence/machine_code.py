@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from step37_kernels.arch import assumed_arch
 from step37_kernels.launch import Launch, observed
 
 WARP = 32
@@ -190,7 +191,7 @@ def compile_launches(arch: int, run: Callable[[], Any]) -> list[Kernel]:
     if arch not in SHARED_BYTES_PER_SM:
         raise ValueError(f"arch is {arch}, expected one of {sorted(SHARED_BYTES_PER_SM)}")
     launches: list[Launch] = []
-    with observed(launches.append, runs=False):
+    with observed(launches.append, runs=False), assumed_arch(arch):
         run()
     triton.runtime.driver.set_active(_Driver(arch))
     return [_compile(called, arch) for called in launches]

@@ -30,40 +30,53 @@ def e4m3_scale(amax: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def quantize_per_token_group(x: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
+def quantize_per_token_group(
+    x: Tensor, group_size: int = 128, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """Quantise activations with one dynamic scale per token and group of channels.
 
     Args:
-        x: [T, K], floating point; the last group may be narrower than `group_size`.
+        x: [T, K], floating point; the first and the last group may be narrower than `group_size`.
+        offset: where in its first group channel 0 stands, 0 <= offset < group_size. The channels
+            of a tensor-parallel rank keep the groups of the whole tensor, as its weights do.
 
     Returns:
-        q: e4m3 [T, K], and its scale: fp32 [T, ceil(K / group_size)], amax / 448 of each group,
-        1 for a group of zeros.
+        q: e4m3 [T, K], and its scale: fp32 [T, ceil((offset + K) / group_size)], amax / 448 of
+        each group, 1 for a group of zeros.
 
     Raises:
-        ValueError: x is not a floating point matrix, or group_size is not positive.
+        ValueError: x is not a floating point matrix, or group_size or offset is out of range.
     """
     require_floating("x", x)
     require("x", x, (None, None))
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}, expected a positive number")
+    if not 0 <= offset < group_size:
+        raise ValueError(f"offset is {offset}, expected 0 to {group_size - 1} (inside a group)")
     tokens, channels = x.shape
-    groups = ceil_div(channels, group_size)
-    padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - channels))
+    groups = ceil_div(offset + channels, group_size)
+    tail = groups * group_size - offset - channels
+    padded = torch.nn.functional.pad(x.float(), (offset, tail))
     grouped = padded.view(tokens, groups, group_size)
     scale = e4m3_scale(grouped.abs().amax(-1))
     q = to_e4m3(grouped / scale[..., None])
-    return q.view(tokens, groups * group_size)[:, :channels].contiguous(), scale
+    q = q.view(tokens, groups * group_size)[:, offset : offset + channels]
+    return q.contiguous(), scale
 
 
 def dequantize_per_token_group(
-    q: Tensor, scale: Tensor, group_size: int = 128, dtype: torch.dtype = torch.float32
+    q: Tensor,
+    scale: Tensor,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+    offset: int = 0,
 ) -> Tensor:
     """Undo `quantize_per_token_group`: q times its group's scale, multiplied in fp32.
 
     Args:
         q: e4m3 [T, K].
-        scale: fp32 [T, ceil(K / group_size)].
+        scale: fp32 [T, ceil((offset + K) / group_size)].
+        offset: as there.
 
     Returns:
         [T, K] in `dtype`.
@@ -73,5 +86,7 @@ def dequantize_per_token_group(
     """
     require("q", q, (None, None), (torch.float8_e4m3fn,))
     tokens, channels = q.shape
-    require("scale", scale, (tokens, ceil_div(channels, group_size)), (torch.float32,))
-    return (q.float() * scale.repeat_interleave(group_size, -1)[:, :channels]).to(dtype)
+    groups = ceil_div(offset + channels, group_size)
+    require("scale", scale, (tokens, groups), (torch.float32,))
+    factor = scale.repeat_interleave(group_size, -1)[:, offset : offset + channels]
+    return (q.float() * factor).to(dtype)

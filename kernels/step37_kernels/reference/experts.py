@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from step37_kernels.checks import require
-from step37_kernels.expert_weights import ExpertWeights
+from step37_kernels.expert_weights import ExpertWeights, FP8Experts
 from step37_kernels.formats.e4m3 import dequantize_per_token_group, quantize_per_token_group
 from step37_kernels.reference.activation import swiglu_step
 
@@ -19,6 +19,7 @@ def experts(
     limit: float | None,
     first_expert: int = 0,
     activations: Literal["same", "fp8"] = "same",
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Sum over a token's experts of topk_weight * down(swiglu_step(gate(x), up(x))), in fp32.
 
@@ -33,8 +34,11 @@ def experts(
         limit: the clamp of `swiglu_step`.
         first_expert: global id of weights' expert 0.
         activations: "same" multiplies hidden and the intermediate as they are; "fp8" first rounds
-            both to e4m3 with a scale per token and group of 128 (counted from this rank's first
-            channel), as kernels with FP8 products do.
+            both to e4m3 with a scale per token and group of 128, as kernels with FP8 products do.
+            The intermediate's groups are the checkpoint's blocks, cut by the shard: with FP8
+            weights they begin at weights.intermediate_offset.
+        shared: floating point [S, T, K], partial sums of the shared expert's output, or None; they
+            are added in fp32.
 
     Returns:
         [T, K] in hidden's dtype.
@@ -49,6 +53,7 @@ def experts(
         raise ValueError(f"activations is {activations!r}, expected 'same' or 'fp8'")
     fp8 = activations == "fp8"
     x = _through_e4m3(hidden) if fp8 else hidden.float()
+    offset = weights.intermediate_offset if isinstance(weights, FP8Experts) else 0
 
     local = topk_ids.long() - first_expert
     token, choice = ((local >= 0) & (local < weights.num_experts)).nonzero(as_tuple=True)
@@ -65,12 +70,16 @@ def experts(
         )
         intermediate = swiglu_step(gate_up, limit)
         if fp8:
-            intermediate = _through_e4m3(intermediate)
+            intermediate = _through_e4m3(intermediate, offset)
         down = intermediate @ weights.down(e, torch.float32).T
         out.index_add_(0, rows, down * topk_weights[rows, columns, None])
+    if shared is not None:
+        require("shared", shared, (None, *hidden.shape))
+        out += shared.float().sum(0)
     return out.to(hidden.dtype)
 
 
-def _through_e4m3(x: Tensor) -> Tensor:
+def _through_e4m3(x: Tensor, offset: int = 0) -> Tensor:
     """x [T, K] rounded to e4m3 with a scale per token and 128 channels, as fp32."""
-    return dequantize_per_token_group(*quantize_per_token_group(x))
+    q, scale = quantize_per_token_group(x, offset=offset)
+    return dequantize_per_token_group(q, scale, offset=offset)

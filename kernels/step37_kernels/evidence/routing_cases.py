@@ -1,0 +1,67 @@
+"""The small launches around the expert GEMMs, at the model's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from step37_kernels.evidence.limits import Case, Limits
+from step37_kernels.experts.activations import quantize_fp8
+from step37_kernels.experts.combine import combine
+from step37_kernels.experts.sort import sort, sort_and_quantize_fp8
+from step37_kernels.route import route
+
+EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
+
+ROUTE = Limits(
+    "32 experts x 16 tokens are too few rows for wgmma; the gate is 2 MB, read once",
+    blocks_per_sm=2,
+    loop_forbids=("LDL", "STL"),
+    async_copies=True,
+)
+
+
+def cases() -> list[Case]:
+    """Route, sort, quantise and combine for one token, a decode batch and a prefill."""
+    return [case for arch in (90, 100) for case in _of(arch)]
+
+
+def _of(arch: int) -> Iterator[Case]:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for tokens in (1, 64, 8192):
+        ids = meta(tokens, TOP_K, dtype=torch.int32)
+        hidden = meta(tokens, HIDDEN)
+        for name, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            gate, bias = meta(EXPERTS, HIDDEN, dtype=kind), meta(EXPERTS, dtype=torch.float32)
+            yield Case(
+                f"route, {name} gate, {tokens} tokens",
+                arch,
+                lambda h=hidden, g=gate, b=bias: route(h, g, b, TOP_K, 3.0),
+                {"route_logits_kernel": ROUTE},
+            )
+        yield Case(f"sort, {tokens} tokens", arch, lambda i=ids: sort(i, EXPERTS, 0, 16), {})
+        yield Case(
+            f"sort and quantise, {tokens} tokens",
+            arch,
+            lambda h=hidden, i=ids: sort_and_quantize_fp8(h, i, EXPERTS, 0, 16),
+            {},
+        )
+        partial = meta(tokens * TOP_K, HIDDEN)
+        shared = meta(1, tokens, HIDDEN, dtype=torch.float32)
+        yield Case(
+            f"combine, {tokens} tokens",
+            arch,
+            lambda p=partial, i=ids, s=shared: combine(p, i, EXPERTS, 0, s),
+            {},
+        )
+    for size, offset in ((1280, 0), (320, 64), (160, 96)):
+        rows, ids = meta(512, size), meta(64, TOP_K, dtype=torch.int32)
+        yield Case(
+            f"quantise intermediate, N={size}, offset {offset}",
+            arch,
+            lambda x=rows, i=ids, o=offset: quantize_fp8(x, i, EXPERTS, 0, o),
+            {},
+        )

@@ -1,0 +1,218 @@
+"""Sort a batch's (token, choice) pairs by expert, on the device, in one launch.
+
+One program per local expert. Each counts every expert's pairs for itself, so it knows where its
+own blocks begin without waiting for another program; then it goes over the ids again and writes
+its pairs in ascending order. That reads the ids twice per expert, from L2: quadratic, but one
+launch with no synchronisation; at 8192 tokens it reads 2 x 288 x 256 KB = 150 MB of L2.
+
+Programs beyond the experts prepare the hidden states for the GEMMs that follow: quantise them, or
+permute their channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from step37_kernels.checks import require
+from step37_kernels.experts.activations import GROUP, FP8Rows, fp8_row, new_fp8_rows
+from step37_kernels.experts.routing import Routing, most_blocks
+from step37_kernels.launch import launch
+
+CHUNK = 1024
+
+
+@triton.jit
+def _local_experts(ids, start, pairs, first_expert, E: tl.constexpr, CHUNK: tl.constexpr):
+    """Local expert of CHUNK pairs from `start`; E for pairs that are not this rank's."""
+    pair = start + tl.arange(0, CHUNK)
+    local = tl.load(ids + pair, mask=pair < pairs, other=-1).to(tl.int64) - first_expert
+    mine = (pair < pairs) & (local >= 0) & (local < E)
+    return tl.where(mine, local, E).to(tl.int32)
+
+
+@triton.jit
+def _sort_expert(
+    ids,
+    pair_of_slot,
+    expert_of_block,
+    e,
+    pairs,
+    first_expert,
+    max_blocks,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Write the blocks and slots of local expert e; the last expert also ends the block list."""
+    bin = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, pairs, CHUNK):
+        counts += tl.histogram(_local_experts(ids, start, pairs, first_expert, E, CHUNK), BINS)
+    blocks = tl.where(bin < E, (counts + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
+    first_block = tl.sum(tl.where(bin < e, blocks, 0), axis=0)
+    num_blocks = tl.sum(tl.where(bin == e, blocks, 0), axis=0)
+    count = tl.sum(tl.where(bin == e, counts, 0), axis=0)
+    first_slot = first_block * BLOCK_ROWS
+
+    lane = tl.arange(0, CHUNK)
+    for start in range(0, num_blocks, CHUNK):
+        at = start + lane
+        tl.store(expert_of_block + first_block + at, e + at * 0, mask=at < num_blocks)
+    padding = tl.arange(0, BLOCK_ROWS) + count
+    tl.store(pair_of_slot + first_slot + padding, -1, mask=padding < num_blocks * BLOCK_ROWS)
+    if e == E - 1:
+        for start in range(first_block + num_blocks, max_blocks, CHUNK):
+            at = start + lane
+            tl.store(expert_of_block + at, -1, mask=at < max_blocks)
+
+    written = 0
+    for start in range(0, pairs, CHUNK):
+        mine = _local_experts(ids, start, pairs, first_expert, E, CHUNK) == e
+        rank = written + tl.cumsum(mine.to(tl.int32), axis=0) - 1
+        tl.store(pair_of_slot + first_slot + rank, start + lane, mask=mine)
+        written += tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
+def sort_kernel(
+    ids,
+    pair_of_slot,
+    expert_of_block,
+    pairs,
+    first_expert,
+    max_blocks,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Sort only: bf16 GEMMs read the hidden states as they are."""
+    _sort_expert(
+        ids, pair_of_slot, expert_of_block, tl.program_id(0), pairs, first_expert, max_blocks,
+        E, BINS, CHUNK, BLOCK_ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def sort_and_quantize_fp8_kernel(
+    ids,
+    pair_of_slot,
+    expert_of_block,
+    hidden,
+    q,
+    scale,
+    pairs,
+    first_expert,
+    max_blocks,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Sort; and program E + t quantises token t to e4m3."""
+    program = tl.program_id(0)
+    if program < E:
+        _sort_expert(
+            ids, pair_of_slot, expert_of_block, program, pairs, first_expert, max_blocks,
+            E, BINS, CHUNK, BLOCK_ROWS,
+        )  # fmt: skip
+    else:
+        row = (program - E).to(tl.int64)
+        fp8_row(hidden, q, scale, row, K, 0, GROUPS, PADDED_GROUPS, GROUP)
+
+
+def _new_routing(topk_ids: Tensor, num_experts: int, block_rows: int) -> Routing:
+    blocks = most_blocks(topk_ids.numel(), num_experts, block_rows)
+    new = topk_ids.new_empty
+    return Routing(
+        new((blocks * block_rows,), dtype=torch.int32),
+        new((blocks,), dtype=torch.int32),
+        block_rows,
+        topk_ids.shape[1],
+    )
+
+
+def _check_ids(topk_ids: Tensor) -> None:
+    require("topk_ids", topk_ids, (None, None), (torch.int32, torch.int64), contiguous=True)
+
+
+def _sort_options(topk_ids: Tensor, num_experts: int, block_rows: int) -> dict[str, int]:
+    pairs = max(topk_ids.numel(), 1)
+    return {
+        "E": num_experts,
+        "BINS": triton.next_power_of_2(num_experts + 1),  # one bin for pairs of other ranks
+        "CHUNK": min(CHUNK, max(16, triton.next_power_of_2(pairs))),
+        "BLOCK_ROWS": block_rows,
+        "num_warps": 4,
+    }
+
+
+def sort(topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int) -> Routing:
+    """Sort pairs by local expert.
+
+    Args:
+        topk_ids: int32 or int64 [T, top_k], contiguous; ids outside first_expert .. first_expert +
+            num_experts - 1 are not this rank's and take part in nothing.
+        num_experts, first_expert: the experts of this rank.
+        block_rows: rows of a block of the GEMMs, a power of two.
+
+    Raises:
+        ValueError: topk_ids has another shape, dtype or layout.
+    """
+    _check_ids(topk_ids)
+    routing = _new_routing(topk_ids, num_experts, block_rows)
+    launch(
+        sort_kernel,
+        (num_experts if topk_ids.numel() else 0,),
+        topk_ids,
+        routing.pair_of_slot,
+        routing.expert_of_block,
+        topk_ids.numel(),
+        first_expert,
+        routing.max_blocks,
+        **_sort_options(topk_ids, num_experts, block_rows),
+    )
+    return routing
+
+
+def sort_and_quantize_fp8(
+    hidden: Tensor, topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int
+) -> tuple[Routing, FP8Rows]:
+    """`sort`, and hidden [T, K] bf16 in e4m3 with a scale per 128 channels, in the same launch.
+
+    Raises:
+        ValueError: hidden or topk_ids has another shape, dtype or layout.
+    """
+    _check_ids(topk_ids)
+    shape = (topk_ids.shape[0], None)
+    require("hidden", hidden, shape, (torch.bfloat16,), contiguous=True)
+    routing = _new_routing(topk_ids, num_experts, block_rows)
+    rows = new_fp8_rows(*hidden.shape, like=hidden)
+    groups = rows.scale.shape[1]
+    launch(
+        sort_and_quantize_fp8_kernel,
+        (num_experts + hidden.shape[0] if topk_ids.numel() else 0,),
+        topk_ids,
+        routing.pair_of_slot,
+        routing.expert_of_block,
+        hidden,
+        rows.q,
+        rows.scale,
+        topk_ids.numel(),
+        first_expert,
+        routing.max_blocks,
+        K=hidden.shape[1],
+        GROUPS=groups,
+        PADDED_GROUPS=triton.next_power_of_2(groups),
+        GROUP=GROUP,
+        **_sort_options(topk_ids, num_experts, block_rows),
+    )
+    return routing, rows
