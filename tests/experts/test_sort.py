@@ -8,8 +8,9 @@ import torch
 from step37_kernels.experts.activations import quantize_fp8
 from step37_kernels.experts.combine import combine
 from step37_kernels.experts.routing import Routing, most_blocks
-from step37_kernels.experts.sort import sort, sort_and_quantize_fp8
+from step37_kernels.experts.sort import sort, sort_and_permute, sort_and_quantize_fp8
 from step37_kernels.formats.e4m3 import quantize_per_token_group
+from step37_kernels.formats.nvfp4_tiles import hidden_permutation
 from step37_kernels.launch import counted
 
 
@@ -86,6 +87,18 @@ def test_hidden_states_are_quantised_beside_the_sort(device: torch.device) -> No
         assert torch.equal(rows.q[row].view(torch.uint8), q[row].view(torch.uint8)), row
         assert torch.equal(rows.scale[row], scale[row])
     assert rows.q[3, 7].float().isnan()
+
+
+def test_hidden_states_are_permuted_beside_the_sort(device: torch.device) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 192, device=device).bfloat16()
+    ids = torch.randint(0, 4, (3, 2), dtype=torch.int32, device=device)
+    routing, permuted = sort_and_permute(hidden, ids, 4, 0, 16)
+    check_routing(routing, ids, 4, 0)
+    assert torch.equal(permuted, hidden[:, hidden_permutation(192).to(device)])
+    assert not torch.equal(permuted, hidden)
+    with pytest.raises(ValueError, match="hidden has 96 channels, expected a multiple of 64"):
+        sort_and_permute(hidden[:, :96].contiguous(), ids, 4, 0, 16)
 
 
 @pytest.mark.parametrize(("size", "offset"), [(320, 64), (160, 96), (128, 0)])
