@@ -10,13 +10,14 @@ WHEELS := out/wheels
 # One thread per process: SGLang's CPU path is 30 times slower when its small products are threaded.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test lint compat clean
+.PHONY: help venv demo test lint compat evidence clean
 
 help:
 	@echo "make demo    serve the small model with SGLang on this machine's CPU and check its answers"
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make compat  check every SGLang name used against SGLang $(SGLANG_VERSIONS)"
+	@echo "make evidence [TRITON=3.6.0]   compile every kernel for sm_90 and sm_100 and check its machine code"
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make clean   remove $(VENV) and out/"
 
@@ -51,6 +52,15 @@ compat: $(STAMP)
 	    || exit 1; \
 	done
 	$(BIN)/python -m step37_ext.compat $(SGLANG_VERSIONS:%=$(WHEELS)/sglang-%-*.whl)
+
+# Triton alone is taken in another version, beside the environment's torch: it compiles without it.
+evidence: $(STAMP)
+ifdef TRITON
+	test -d out/triton-$(TRITON) || $(PIP) install --quiet --no-deps --target out/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=out/triton-$(TRITON) $(BIN)/python -m step37_kernels.evidence
+else
+	$(BIN)/python -m step37_kernels.evidence
+endif
 
 clean:
 	rm -rf $(VENV) out
