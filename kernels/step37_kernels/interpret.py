@@ -123,6 +123,11 @@ def _mend(ml_dtypes: Any) -> None:
             product = np.matmul(values(a).astype(kind), values(b).astype(kind))
             return handle(product + accumulator.data, accumulator.dtype.scalar)
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # The product of two fp32 numbers is exact in fp64, so that all but one rounding is spared.
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return handle(wide.astype(x.data.dtype), x.dtype.scalar)
+
     def scaled(block: Any, scale: Any, kind: Any, axis: int) -> np.ndarray:
         """An operand of dot_scaled with K last: e2m1 pairs unpacked, block scales applied."""
         if str(kind).upper().endswith("E2M1"):
@@ -160,6 +165,7 @@ def _mend(ml_dtypes: Any) -> None:
     builder.cast_impl = cast
     builder.create_fp_to_fp = lambda self, source, target, mode=None: cast(self, source, target)
     builder.create_dot = dot
+    builder.create_fma = fma
     builder.create_dot_scaled = dot_scaled
     builder.create_inline_asm = inline_assembly
     builder.get_bf16 = lambda self, value: handle(np.array([value], bf16), tl.bfloat16)

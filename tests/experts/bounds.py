@@ -7,8 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step37_kernels.expert_weights import ExpertWeights, FP8Experts
-from step37_kernels.formats.e4m3 import dequantize_per_token_group, quantize_per_token_group
+from step37_kernels.expert_weights import ExpertWeights, FP8Experts, NVFP4Experts
+from step37_kernels.formats import nvfp4
+from step37_kernels.formats.e4m3 import (
+    dequantize_per_token_group,
+    quantize_per_token_group,
+    to_e4m3,
+)
 
 BF16 = 2.0**-8  # unit roundoffs
 FP32 = 2.0**-24
@@ -33,6 +38,7 @@ def expect(
     limit: float | None,
     first_expert: int = 0,
     activations: str = "same",
+    input_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Expected:
     """What `experts` has to return, and the bound.
 
@@ -45,6 +51,10 @@ def expect(
     offset = weights.intermediate_offset if isinstance(weights, FP8Experts) else 0
     if activations == "fp8":  # the same codes as the kernels', bit for bit
         x = dequantize_per_token_group(*quantize_per_token_group(hidden), dtype=torch.float64)
+    units = input_scales or (None, None)
+    if activations == "nvfp4":
+        x = nvfp4.quantize(hidden, units[0]).dequantize(torch.float64)
+    rounds_weights = activations == "fp8" and isinstance(weights, NVFP4Experts)
     output = torch.zeros_like(x)
     slack = torch.zeros_like(x)
     for token, choice in ((topk_ids >= first_expert).nonzero()).tolist():
@@ -58,18 +68,79 @@ def expect(
         g, u = gate @ row, up @ row
         terms = (len(row) + 64) * FP32
         dg, du = terms * (gate.abs() @ row.abs()), terms * (up.abs() @ row.abs())
+        extra = torch.zeros_like(down)
+        if rounds_weights:
+            dg = dg + (1 + terms) * (weight_error(weights, e, gate, 0) @ row.abs())
+            du = du + (1 + terms) * (weight_error(weights, e, up, 1) @ row.abs())
+            extra = weight_error(weights, e, down, None)
         s, c = torch.nn.functional.silu(g), u
         if limit:
             s, c = s.clamp(max=limit), c.clamp(-limit, limit)
         h = s * c
         dh = SILU_SLOPE * dg * c.abs() + (s.abs() + SILU_SLOPE * dg) * du + EXP * h.abs()
-        dh = dh + BF16 * (h.abs() + dh)
-        if activations == "fp8":
-            magnitude = (h.abs() + dh)[None].float()
-            scale = quantize_per_token_group(magnitude, offset=offset)[1].double()
-            step = scale.repeat_interleave(128, 1)[0, offset : offset + len(h)] * 2.0**-10
-            dh = dh + torch.maximum(E4M3 * (h.abs() + dh), step)
-        d, dd = down @ h, down.abs() @ dh + (len(h) + 64) * FP32 * (down.abs() @ (h.abs() + dh))
+        h, dh = rounded(h, dh, activations, offset, units[1])
+        size = h.abs() + dh
+        d = down @ h
+        dd = down.abs() @ dh + ((len(h) + 64) * FP32 * down.abs() + extra) @ size + extra @ dh
         output[token] += float(topk_weights[token, choice]) * d
         slack[token] += w * (dd + BF16 * (d.abs() + dd)) + 8 * FP32 * w * d.abs()
     return Expected(output, slack + BF16 * (output.abs() + slack))
+
+
+def rounded(
+    h: Tensor, dh: Tensor, form: str, offset: int, unit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """An intermediate [N] known up to dh, rounded to bf16 and then to e4m3 or e2m1.
+
+    Rounding is monotone, so what h - dh and h + dh become encloses what the kernel has. With block
+    scales that holds at one scale: in a group whose scale is not certain two halves of the widest
+    step are added.
+    """
+    low, middle, high = ((h + side * dh).bfloat16() for side in (-1, 0, 1))
+    if form == "same":
+        return h, BF16 * (h.abs() + dh) + dh
+
+    def steps(x: Tensor) -> Tensor:
+        """What one code is worth, for each channel."""
+        if form == "fp8":
+            scale = quantize_per_token_group(x[None], offset=offset)[1].double()
+            return scale.repeat_interleave(128, 1)[0, offset : offset + len(h)]
+        scale = nvfp4.quantize(x[None], unit).block_scale.double() * unit.double()
+        return scale.repeat_interleave(16, 1)[0]
+
+    step = steps(middle)
+
+    def through(x: Tensor) -> Tensor:
+        if form == "fp8":
+            return to_e4m3(x.float() / step.float()).double() * step
+        size = (x.float() / step.float()).abs().clamp(max=6.0)
+        spacing = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        return torch.sign(x.double()) * torch.round(size / spacing).double() * spacing * step
+
+    kernel = through(middle)
+    enclosed = torch.maximum((through(high) - kernel).abs(), (through(low) - kernel).abs())
+    largest = steps(torch.maximum(low.abs(), high.abs()))
+    certain = largest == steps((h.abs() - dh).clamp(min=0).bfloat16())
+    if form == "fp8":
+        half = torch.maximum(E4M3 * (h.abs() + dh), largest * 2.0**-10)
+    else:
+        half = largest * 1.0  # e2m1's widest spacing is 2, between 4 and 6
+    return kernel, torch.where(certain, enclosed, 2 * half + dh)
+
+
+def weight_error(weights: ExpertWeights, e: int, part: Tensor, half: int | None) -> Tensor:
+    """What NVFP4 weights lose when they are rounded to e4m3 for FP8 products, [N, K] or [K, N].
+
+    A row is divided by the power of two that brings its largest scale to 32 .. 60: half an e4m3
+    step is 2^-4 of a weight's size, or 2^-10 of the row's unit below e4m3's normal numbers.
+    """
+    assert isinstance(weights, NVFP4Experts)
+    size = weights.intermediate_size
+    if half is None:
+        scale, unit = weights.w2_scale[e], weights.w2_global_scale[e]
+    else:
+        scale = weights.w13_scale[e, half * size : (half + 1) * size]
+        unit = weights.w13_global_scale[e, half]
+    power = torch.frexp(scale.float().abs().amax(1).clamp(min=2.0**-9)).exponent - 6
+    row = torch.ldexp(torch.ones(len(power)), power).double() * unit.double()
+    return E4M3 * part.abs() + 2.0**-10 * row[:, None]

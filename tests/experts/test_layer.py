@@ -13,7 +13,22 @@ from step37_kernels.launch import counted
 from step37_kernels.reference.experts import experts as reference
 from tests.experts.bounds import expect
 
-FORMATS = [("bf16", "same"), ("fp8", "same"), ("fp8", "fp8"), ("nvfp4", "same")]
+FORMATS = [
+    ("bf16", "same"),
+    ("fp8", "same"),
+    ("fp8", "fp8"),
+    ("nvfp4", "same"),
+    ("nvfp4", "fp8"),
+    ("nvfp4", "nvfp4"),
+]
+# Hidden states are of order one with a few up to 4, intermediates smaller: 448 codes of 6 for both.
+INPUT_SCALES = (torch.tensor(4 / (6 * 448)), torch.tensor(8 / (6 * 448)))
+
+
+def options_of(activations: str) -> dict[str, object]:
+    """What `experts` and `expect` are told beside the batch."""
+    scales = {"input_scales": INPUT_SCALES} if activations == "nvfp4" else {}
+    return {"activations": activations} | scales
 
 
 def make_weights(form: str, experts: int, hidden: int, size: int, offset: int = 0) -> ExpertWeights:
@@ -49,7 +64,9 @@ def to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
 
 def run(device: torch.device, hidden: Tensor, weights: ExpertWeights, *args, **options) -> Tensor:
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
-    prepared = prepare(to(weights, device))
+    if "input_scales" in options:
+        options["input_scales"] = tuple(scale.to(device) for scale in options["input_scales"])
+    prepared = prepare(to(weights, device), options["activations"])
     return experts(hidden.to(device), prepared, *moved, **options).cpu()
 
 
@@ -73,14 +90,18 @@ def test_layer_is_the_reference(
     ids[3] = torch.tensor([-1, 100, 7])
     args = (topk_weights, ids, limit, 4)
     with counted() as launches:
-        got = run(device, hidden, weights, *args, activations=activations)
-    assert len(launches) <= (5 if activations == "fp8" else 4)
-    expected = expect(hidden, weights, *args, activations=activations)
+        got = run(device, hidden, weights, *args, **options_of(activations))
+    assert len(launches) <= (4 if activations == "same" else 5)
+    expected = expect(hidden, weights, *args, **options_of(activations))
     assert ((got.double() - expected.output).abs() <= expected.bound).all()
-    told = reference(hidden.float(), weights, *args, activations=activations)
     if activations == "same":  # the bound's own expectation is the reference's
+        told = reference(hidden.float(), weights, *args)
         assert ((told.double() - expected.output).abs() <= expected.bound).all()
-    assert expected.bound.norm() < 0.2 * expected.output.norm()  # the bound says something
+    # The bound says something. Where weights are rounded to e4m3 it lets all of a sum err to one
+    # side; as a whole they do not, and two half steps (of weights, of the intermediate) remain.
+    rounded = form == "nvfp4" and activations == "fp8"
+    assert rounded or expected.bound.norm() < 0.2 * expected.output.norm()
+    assert (got - expected.output).norm() < 2 * 2.0**-4 * expected.output.norm()
     if limit == 0.5:
         free = reference(hidden.float(), weights, topk_weights, ids, None, 4)
         assert (free - expected.output).norm() > 0.05 * expected.output.norm()
@@ -93,8 +114,8 @@ def test_the_model_s_hidden_size_and_one_token(
     torch.manual_seed(0)
     weights = make_weights(form, 2, 4096, 64)
     hidden, topk_weights, ids = batch(1, 2, 2, 4096)
-    got = run(device, hidden, weights, topk_weights, ids, None, activations=activations)
-    expected = expect(hidden, weights, topk_weights, ids, None, activations=activations)
+    got = run(device, hidden, weights, topk_weights, ids, None, **options_of(activations))
+    expected = expect(hidden, weights, topk_weights, ids, None, **options_of(activations))
     assert ((got.double() - expected.output).abs() <= expected.bound).all()
 
 
@@ -106,7 +127,7 @@ def test_rows_do_not_feel_their_batch_mates(
     torch.manual_seed(1)
     weights = make_weights(form, 3, 128, 64)
     hidden, topk_weights, ids = batch(18, 3, 2, 128)
-    options = {"activations": activations}
+    options = options_of(activations)
     clean = run(device, hidden, weights, topk_weights, ids, None, **options)
     assert torch.equal(clean, run(device, hidden, weights, topk_weights, ids, None, **options))
     order = torch.randperm(18)
@@ -129,9 +150,9 @@ def test_all_tokens_on_one_expert_and_the_shared_parts(
     shared = torch.randn(2, 35, 128)
     got = run(
         device, hidden, weights, topk_weights, ids, None,
-        activations=activations, shared=shared.to(device),
+        **options_of(activations), shared=shared.to(device),
     )  # fmt: skip
-    expected = expect(hidden, weights, topk_weights, ids, None, activations=activations)
+    expected = expect(hidden, weights, topk_weights, ids, None, **options_of(activations))
     output = expected.output + shared.double().sum(0)
     # The shared parts join two more fp32 sums and the last rounding.
     bound = expected.bound + (2.0**-8 + 2.0**-22) * shared.double().abs().sum(0)
@@ -142,7 +163,7 @@ def test_all_tokens_on_one_expert_and_the_shared_parts(
 def test_no_tokens_and_no_local_tokens(device: torch.device, form: str, activations: str) -> None:
     weights = make_weights(form, 2, 128, 64)
     hidden, topk_weights, ids = batch(3, 2, 2, 128)
-    options = {"activations": activations}
+    options = options_of(activations)
     with counted() as launches:
         none = run(device, hidden[:0], weights, topk_weights[:0], ids[:0], None, **options)
     assert none.shape == (0, 128) and not launches

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from step37_kernels.experts.activations import quantize_fp8
+from step37_kernels.experts.activations import quantize
 from step37_kernels.experts.combine import combine
+from step37_kernels.experts.e4m3_words import word_order
 from step37_kernels.experts.routing import Routing, most_blocks
-from step37_kernels.experts.sort import sort, sort_and_permute, sort_and_quantize_fp8
+from step37_kernels.experts.sort import sort, sort_and_prepare
+from step37_kernels.formats import nvfp4
 from step37_kernels.formats.e4m3 import quantize_per_token_group
-from step37_kernels.formats.nvfp4_tiles import hidden_permutation
+from step37_kernels.formats.nvfp4_tiles import hidden_permutation, hidden_permutation_fp8
 from step37_kernels.launch import counted
 
 
@@ -79,7 +81,7 @@ def test_hidden_states_are_quantised_beside_the_sort(device: torch.device) -> No
     hidden[3, 7] = float("nan")
     ids = torch.randint(0, 4, (5, 2), dtype=torch.int32, device=device)
     with counted() as launches:
-        routing, rows = sort_and_quantize_fp8(hidden, ids, 4, 0, 16)
+        routing, rows = sort_and_prepare(hidden, "fp8", ids, 4, 0, 16)
     assert len(launches) == 1
     check_routing(routing, ids, 4, 0)
     q, scale = quantize_per_token_group(hidden)
@@ -93,12 +95,13 @@ def test_hidden_states_are_permuted_beside_the_sort(device: torch.device) -> Non
     torch.manual_seed(0)
     hidden = torch.randn(3, 192, device=device).bfloat16()
     ids = torch.randint(0, 4, (3, 2), dtype=torch.int32, device=device)
-    routing, permuted = sort_and_permute(hidden, ids, 4, 0, 16)
-    check_routing(routing, ids, 4, 0)
-    assert torch.equal(permuted, hidden[:, hidden_permutation(192).to(device)])
-    assert not torch.equal(permuted, hidden)
-    with pytest.raises(ValueError, match="hidden has 96 channels, expected a multiple of 64"):
-        sort_and_permute(hidden[:, :96].contiguous(), ids, 4, 0, 16)
+    for order, index in (("slabs", hidden_permutation(192)), ("words", word_order(192))):
+        routing, permuted = sort_and_prepare(hidden, order, ids, 4, 0, 16)
+        check_routing(routing, ids, 4, 0)
+        assert torch.equal(permuted, hidden[:, index.to(device)])
+        assert not torch.equal(permuted, hidden)
+    with pytest.raises(ValueError, match="rows have 96 channels, slabs takes a multiple of 64"):
+        sort_and_prepare(hidden[:, :96].contiguous(), "slabs", ids, 4, 0, 16)
 
 
 @pytest.mark.parametrize(("size", "offset"), [(320, 64), (160, 96), (128, 0)])
@@ -108,11 +111,38 @@ def test_the_intermediate_keeps_the_groups_of_the_whole(
     torch.manual_seed(0)
     ids = torch.tensor([[5, 9], [4, 6]], dtype=torch.int32, device=device)
     intermediate = torch.randn(4, size, device=device).bfloat16()
-    rows = quantize_fp8(intermediate, ids, num_experts=3, first_expert=4, offset=offset)
+    rows = quantize(intermediate, "fp8", ids, num_experts=3, first_expert=4, offset=offset)
     q, scale = quantize_per_token_group(intermediate, offset=offset)
     for pair in (0, 2, 3):  # pair 1 belongs to another rank
         assert torch.equal(rows.q[pair].view(torch.uint8), q[pair].view(torch.uint8))
         assert torch.equal(rows.scale[pair], scale[pair])
+
+
+def test_fp8_rows_are_permuted_inside_their_groups(device: torch.device) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 256, device=device).bfloat16()
+    ids = torch.randint(0, 4, (3, 2), dtype=torch.int32, device=device)
+    _, rows = sort_and_prepare(hidden, "fp8 slabs", ids, 4, 0, 16)
+    index = hidden_permutation_fp8(256).to(device)
+    q, scale = quantize_per_token_group(hidden)
+    assert torch.equal(rows.q.view(torch.uint8), q.view(torch.uint8)[:, index])
+    assert torch.equal(rows.scale, scale)
+
+
+def test_rows_are_quantised_to_nvfp4(device: torch.device) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 96, device=device).bfloat16()
+    ids = torch.randint(0, 4, (3, 2), dtype=torch.int32, device=device)
+    unit = torch.tensor(0.001, device=device)
+    _, rows = sort_and_prepare(hidden, "nvfp4", ids, 4, 0, 16, unit)
+    expected = nvfp4.quantize(hidden, unit)
+    assert torch.equal(rows.packed, expected.packed)
+    assert torch.equal(rows.block_scale.view(torch.uint8), expected.block_scale.view(torch.uint8))
+    intermediate = torch.randn(6, 64, device=device).bfloat16()
+    again = quantize(intermediate, "nvfp4", ids, 4, 0, global_scale=unit)
+    assert torch.equal(again.packed, nvfp4.quantize(intermediate, unit).packed)
+    with pytest.raises(ValueError, match="NVFP4 activations need a global scale"):
+        sort_and_prepare(hidden, "nvfp4", ids, 4, 0, 16)
 
 
 def test_combine_adds_what_is_here_in_fp32(device: torch.device) -> None:
@@ -142,7 +172,7 @@ def test_bad_input_is_refused(device: torch.device) -> None:
         sort(ids.T, 4, 0, 16)
     with pytest.raises(ValueError, match=r"hidden has shape \[3, 128\], expected \[2, any\]"):
         hidden = torch.zeros(3, 128, device=device).bfloat16()
-        sort_and_quantize_fp8(hidden, ids, 4, 0, 16)
+        sort_and_prepare(hidden, "fp8", ids, 4, 0, 16)
     with pytest.raises(ValueError, match=r"shared has shape \[1, 2, 64\]"):
         partial = torch.zeros(4, 128, device=device).bfloat16()
         combine(partial, ids, 4, 0, torch.zeros(1, 2, 64, device=device))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from step37_kernels.evidence.limits import Case, Limits
-from step37_kernels.experts.activations import quantize_fp8
+from step37_kernels.experts.activations import quantize
 from step37_kernels.experts.combine import combine
-from step37_kernels.experts.sort import sort, sort_and_quantize_fp8
+from step37_kernels.experts.sort import sort, sort_and_prepare
 from step37_kernels.route import route
 
 EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
@@ -39,22 +40,24 @@ def _of(arch: int) -> Iterator[Case]:
             yield Case(
                 f"route, {name} gate, {tokens} tokens",
                 arch,
-                lambda h=hidden, g=gate, b=bias: route(h, g, b, TOP_K, 3.0),
+                partial(route, hidden, gate, bias, TOP_K, 3.0),
                 {"route_logits_kernel": ROUTE},
             )
-        yield Case(f"sort, {tokens} tokens", arch, lambda i=ids: sort(i, EXPERTS, 0, 16), {})
-        yield Case(
-            f"sort and quantise, {tokens} tokens",
-            arch,
-            lambda h=hidden, i=ids: sort_and_quantize_fp8(h, i, EXPERTS, 0, 16),
-            {},
-        )
-        partial = meta(tokens * TOP_K, HIDDEN)
+        yield Case(f"sort, {tokens} tokens", arch, partial(sort, ids, EXPERTS, 0, 16), {})
+        unit = meta(dtype=torch.float32)
+        for form in ("slabs", "words", "fp8", "fp8 slabs", "nvfp4"):
+            yield Case(
+                f"sort, hidden as {form}, {tokens} tokens",
+                arch,
+                partial(sort_and_prepare, hidden, form, ids, EXPERTS, 0, 16, unit),
+                {},
+            )
+        parts = meta(tokens * TOP_K, HIDDEN)
         shared = meta(1, tokens, HIDDEN, dtype=torch.float32)
         yield Case(
             f"combine, {tokens} tokens",
             arch,
-            lambda p=partial, i=ids, s=shared: combine(p, i, EXPERTS, 0, s),
+            partial(combine, parts, ids, EXPERTS, 0, shared),
             {},
         )
     for size, offset in ((1280, 0), (320, 64), (160, 96)):
@@ -62,6 +65,6 @@ def _of(arch: int) -> Iterator[Case]:
         yield Case(
             f"quantise intermediate, N={size}, offset {offset}",
             arch,
-            lambda x=rows, i=ids, o=offset: quantize_fp8(x, i, EXPERTS, 0, o),
+            partial(quantize, rows, "fp8", ids, EXPERTS, 0, offset),
             {},
         )

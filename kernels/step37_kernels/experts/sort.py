@@ -17,8 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from step37_kernels.checks import require
-from step37_kernels.experts.activations import GROUP, FP8Rows, fp8_row, new_fp8_rows
+from step37_kernels.experts.activations import (
+    Form,
+    FP8Rows,
+    new_rows,
+    prepare_row,
+    prepared_options,
+)
 from step37_kernels.experts.routing import Routing, most_blocks
+from step37_kernels.formats.nvfp4 import NVFP4Tensor
 from step37_kernels.launch import launch
 
 CHUNK = 1024
@@ -98,26 +105,27 @@ def sort_kernel(
 
 
 @triton.jit
-def sort_and_quantize_fp8_kernel(
+def sort_and_prepare_kernel(
     ids,
     pair_of_slot,
     expert_of_block,
-    hidden,
-    q,
-    scale,
     pairs,
     first_expert,
     max_blocks,
+    hidden,
+    out,
+    scale,
+    global_scale,
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PADDED: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """Sort; and program E + t quantises token t to e4m3."""
+    """Sort; and program E + t brings token t's hidden state into FORM."""
     program = tl.program_id(0)
     if program < E:
         _sort_expert(
@@ -126,7 +134,7 @@ def sort_and_quantize_fp8_kernel(
         )  # fmt: skip
     else:
         row = (program - E).to(tl.int64)
-        fp8_row(hidden, q, scale, row, K, 0, GROUPS, PADDED_GROUPS, GROUP)
+        prepare_row(hidden, out, scale, global_scale, row, K, OFFSET, PADDED, FORM)
 
 
 def _new_routing(topk_ids: Tensor, num_experts: int, block_rows: int) -> Routing:
@@ -183,36 +191,46 @@ def sort(topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int)
     return routing
 
 
-def sort_and_quantize_fp8(
-    hidden: Tensor, topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int
-) -> tuple[Routing, FP8Rows]:
-    """`sort`, and hidden [T, K] bf16 in e4m3 with a scale per 128 channels, in the same launch.
+def sort_and_prepare(
+    hidden: Tensor,
+    form: Form,
+    topk_ids: Tensor,
+    num_experts: int,
+    first_expert: int,
+    block_rows: int,
+    global_scale: Tensor | None = None,
+) -> tuple[Routing, Tensor | FP8Rows | NVFP4Tensor]:
+    """`sort`, and hidden [T, K] bf16 in another form, in the same launch.
+
+    Args:
+        form: what the GEMM takes, see `Form`.
+        topk_ids, num_experts, first_expert, block_rows: as of `sort`.
+        global_scale: of NVFP4, an fp32 scalar.
 
     Raises:
-        ValueError: hidden or topk_ids has another shape, dtype or layout.
+        ValueError: a shape, dtype or layout does not fit.
     """
     _check_ids(topk_ids)
     shape = (topk_ids.shape[0], None)
     require("hidden", hidden, shape, (torch.bfloat16,), contiguous=True)
+    tokens, size = hidden.shape
+    options = prepared_options(size, 0, form)
+    rows, out, scale = new_rows(tokens, size, hidden, form, 0, global_scale)
     routing = _new_routing(topk_ids, num_experts, block_rows)
-    rows = new_fp8_rows(*hidden.shape, like=hidden)
-    groups = rows.scale.shape[1]
     launch(
-        sort_and_quantize_fp8_kernel,
-        (num_experts + hidden.shape[0] if topk_ids.numel() else 0,),
+        sort_and_prepare_kernel,
+        (num_experts + tokens if topk_ids.numel() else 0,),
         topk_ids,
         routing.pair_of_slot,
         routing.expert_of_block,
-        hidden,
-        rows.q,
-        rows.scale,
         topk_ids.numel(),
         first_expert,
         routing.max_blocks,
-        K=hidden.shape[1],
-        GROUPS=groups,
-        PADDED_GROUPS=triton.next_power_of_2(groups),
-        GROUP=GROUP,
+        hidden,
+        out,
+        scale,
+        scale if global_scale is None else global_scale,
         **_sort_options(topk_ids, num_experts, block_rows),
+        **options,
     )
     return routing, rows

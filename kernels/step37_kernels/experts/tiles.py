@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from step37_kernels.checks import ceil_div
+from step37_kernels.experts.routing import most_blocks
 
 
 @dataclass(frozen=True)
@@ -21,3 +24,250 @@ class GemmTile:
     block_k: int
     num_warps: int
     num_stages: int
+
+
+_SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
+
+
+def _rows_for(rows_per_expert: float) -> int:
+    """block_rows that holds most experts' rows in one block, their number varying as routed.
+
+    A second block of an expert expands its weights again, which costs more than padding while the
+    memory is the bound. With Poisson's spread one expert in 10 overflows 16 rows at 12 expected,
+    one in 20 overflows 32 at 24, one in 40 overflows 64 at 48. From there on the products are the
+    bound, and a block as large as registers hold does least work beside them.
+    """
+    for expected, block_rows in ((12, 16), (24, 32), (48, 64)):
+        if rows_per_expert <= expected:
+            return block_rows
+    return 128
+
+
+def nvfp4(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for NVFP4 weights and bf16 activations.
+
+    Args:
+        pairs: T * top_k; as if all were this rank's.
+        num_experts: of this rank.
+        intermediate_size, hidden_size: N and K of this rank.
+        arch: 90 for sm_90 and so on.
+    """
+    block_rows = _rows_for(pairs / num_experts)
+    if not _warpgroup_products(arch):
+        # The expanded weights pass through shared memory there, which is smaller as well.
+        block_rows = min(block_rows, 64)
+    columns = -(-intermediate_size // 64) * 64
+    up_rows = 2 * (-(-intermediate_size // 32) * 32)
+    blocks = most_blocks(pairs, num_experts, block_rows)
+    return (
+        _nvfp4_tile(block_rows, up_rows, hidden_size, blocks, arch),
+        _nvfp4_tile(block_rows, hidden_size, columns, blocks, arch),
+    )
+
+
+def nvfp4_fp8(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for NVFP4 weights and FP8 activations; arguments as for `nvfp4`.
+
+    The same tiles but at 128 rows: sums over 128 columns take registers beside the accumulator, so
+    a tile of 64 columns has 128 rows of weights, its scales copied synchronously, since 256 spill;
+    and tokens are half as large, so a stage more fits.
+    """
+    pair = nvfp4(pairs, num_experts, intermediate_size, hidden_size, arch)
+    if pair[0].block_rows < 128:
+        return pair
+    up, down = (replace(t, block_n=min(t.block_n, 128), num_stages=4) for t in pair)
+    return up, down
+
+
+def nvfp4_nvfp4(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for NVFP4 weights and activations; arguments as for `nvfp4`.
+
+    The scaled product takes 128 rows of weights, no fewer. 256 columns are 18 KB of weights and
+    scales, and halve what a trip costs beside them; widths that do not divide are masked.
+    """
+    block_rows = _rows_for(pairs / num_experts)
+
+    def tile(columns: int) -> GemmTile:
+        block_k = next((k for k in (256, 128) if columns % k == 0), 64)
+        if block_rows < 128:
+            return GemmTile(block_rows, 128, block_k, num_warps=4, num_stages=4)
+        # An accumulator of 128 x 128 takes 8 warps; the tokens' part of a stage is as large then.
+        return GemmTile(128, 128, block_k, num_warps=8, num_stages=3 if block_k == 256 else 5)
+
+    return tile(hidden_size), tile(intermediate_size)
+
+
+def _warpgroup_products(arch: int) -> bool:
+    """Whether there are wgmma or tcgen05, which take weights from where they were expanded."""
+    return 90 <= arch < 120
+
+
+def _nvfp4_tile(block_rows: int, rows: int, columns: int, blocks: int, arch: int) -> GemmTile:
+    """The tile for a matrix of `rows` by `columns`, both multiples of 64."""
+    # 128 columns where they divide: half the loop's fixed cost of a slab.
+    block_k = 128 if columns % 128 == 0 else 64
+    # 128 rows take 2.8 instructions a weight, 64 rows 3.3; but every SM has to have work.
+    fills = rows // 128 * blocks >= _SM_COUNT.get(arch, 148)
+    block_n = 128 if rows % 128 == 0 and fills else 64
+    if not _warpgroup_products(arch):
+        return GemmTile(block_rows, block_n, block_k, num_warps=4, num_stages=3)
+    if arch >= 100 and block_k == 64:
+        block_n = 64  # no Triton from 3.6 to 3.8 compiles 128 x 64 for sm_100
+    if block_rows < 128:
+        # stages - 2 tiles are on their way: with 16 or 32 rows 4 of 7 to 17 KB, 3 blocks an SM.
+        stages = {16: 6, 32: 5, 64: 4}[block_rows]
+        return GemmTile(block_rows, block_n, block_k, num_warps=4, num_stages=stages)
+    # An accumulator of 128 x 128 takes 8 warps. Of a 64-column tile these copy scales in units of
+    # less than 4 bytes, synchronously, unless it has 256 rows.
+    if block_n == 128 and block_k == 64:
+        block_n = 256 if rows % 256 == 0 else 64
+    return GemmTile(block_rows, block_n, block_k, 4 if block_n == 64 else 8, num_stages=3)
+
+
+def bf16(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for bf16 weights and activations; arguments as for `nvfp4`."""
+    block_rows, blocks = _dense_rows(pairs, num_experts, arch)
+
+    def tile(rows: int, columns: int) -> GemmTile:
+        # 64 columns of bf16 are one line of the swizzled shared memory; 160 are no multiple of it.
+        block_k = 64 if columns % 64 == 0 else 32
+        if not _warpgroup_products(arch):
+            return GemmTile(block_rows, 64, block_k, num_warps=4, num_stages=3)
+        if block_rows == 128 and arch == 90 and rows % 256 == 0:
+            # Twice the products for each byte that leaves shared memory.
+            return GemmTile(128, 256, block_k, num_warps=8, num_stages=3)
+        block_n = _dense_block_n(rows, blocks * (2 if block_rows == 128 else 1), arch)
+        # On sm_100 the epilogue of 128 x 128 spills with 4 warps.
+        warps = 8 if arch >= 100 and (block_rows, block_n) == (128, 128) else 4
+        # stages - 1 tiles are on their way, 50 KB or more even with one block on an SM.
+        stages = 6 if block_n * block_k < 2**13 and block_rows <= 32 else 4
+        return GemmTile(block_rows, block_n, block_k, warps, stages)
+
+    return tile(2 * intermediate_size, hidden_size), tile(hidden_size, intermediate_size)
+
+
+@dataclass(frozen=True)
+class SharedTiles:
+    """How the shared expert's two products are cut.
+
+    Args:
+        gate_up, down: their tiles.
+        parts: into how many sums gate-up splits K; 1 writes the activated intermediate.
+        splits: into how many sums down splits N.
+    """
+
+    gate_up: GemmTile
+    down: GemmTile
+    parts: int
+    splits: int
+
+
+def shared(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> SharedTiles:
+    """Tiles and splits of the shared expert.
+
+    Args:
+        tokens: T.
+        intermediate_size, hidden_size: N and K of this rank.
+        arch: 90 for sm_90 and so on.
+    """
+    sms = _SM_COUNT.get(arch, 148)
+    block_rows = next((rows for rows in (16, 32, 64) if tokens <= rows), 128)
+    if block_rows == 128:
+        up, down = bf16(tokens, 1, intermediate_size, hidden_size, arch)
+        return SharedTiles(up, down, 1, 1)
+    # 64 rows of weights a program, the fewest that a wgmma takes: the most programs.
+    deep = 6 if block_rows <= 32 else 4
+    stages = deep if _warpgroup_products(arch) else 3
+    up = GemmTile(block_rows, 64, 64, 4, stages)
+    # Every program of down reads all parts of its channels again: tokens * parts <= 128 keeps that
+    # near the weights' bytes, from L2, and two buffers of a step's parts within 64 KB.
+    wanted = min(ceil_div(sms, ceil_div(2 * intermediate_size, 64)), 128 // block_rows)
+    parts = max(p for p in (1, 2, 4, 8) if p == 1 or (p <= wanted and hidden_size % (64 * p) == 0))
+    # With 3 stages the epilogue spills on sm_100.
+    down = GemmTile(block_rows, 128, 32, num_warps=4, num_stages=2 if arch >= 100 else 3)
+    # A part of down's output is written and read again in fp32: 2 * splits * T * K * 4 bytes are to
+    # stay below the 6 * N * K of the weights.
+    steps, uneven = divmod(intermediate_size, down.block_k)
+    most = 1 if uneven else max(min(steps, 3 * intermediate_size // (4 * max(tokens, 1))), 1)
+    enough = sms // ceil_div(hidden_size, down.block_n)
+    fitting = [s for s in range(1, most + 1) if steps % s == 0] or [1]
+    splits = next((s for s in fitting if s >= enough), fitting[-1])
+    return SharedTiles(up, down, parts, splits)
+
+
+def fp8(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for FP8 weights and activations; arguments as for `nvfp4`."""
+    block_rows, blocks = _dense_rows(pairs, num_experts, arch)
+
+    def tile(rows: int, block_k: int, is_down: bool) -> GemmTile:
+        if not _warpgroup_products(arch):
+            return GemmTile(block_rows, 64, block_k, num_warps=4, num_stages=3)
+        block_n = _dense_block_n(rows, blocks, arch)
+        if block_rows <= 32:
+            # stages - 1 tiles are on their way, 50 KB or more even with one block on an SM.
+            return GemmTile(block_rows, block_n, block_k, 4, 6 if block_n * block_k < 2**14 else 4)
+        if block_n == 64 or (arch >= 100 and block_rows == 128 and is_down):
+            # On sm_100 a thread holds whole rows, and down's epilogue of 128 x 128 spills.
+            return GemmTile(block_rows, 64, block_k, 4, 4 if block_rows == 64 else 3)
+        if block_rows == 64:
+            # The block's sum and the sum of all blocks: 128 registers of a thread with 4 warps.
+            return GemmTile(64, 128, block_k, *((4, 3) if arch == 90 else (8, 4)))
+        return GemmTile(128, 128, block_k, num_warps=8, num_stages=3)
+
+    return (
+        tile(2 * intermediate_size, 128, False),
+        tile(hidden_size, _down_block_k(intermediate_size), True),
+    )
+
+
+def fp8_bf16(
+    pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of gate-up and down for FP8 weights and bf16 activations; arguments as for `nvfp4`."""
+    block_rows, blocks = _dense_rows(pairs, num_experts, arch)
+
+    def tile(rows: int, block_k: int) -> GemmTile:
+        if not _warpgroup_products(arch):
+            return GemmTile(block_rows, 64, 64, num_warps=4, num_stages=3)
+        block_n = _dense_block_n(rows, blocks, arch)
+        if block_rows <= 32:
+            # Weights pass through registers, which costs a buffer: stages - 2 tiles on their way.
+            return GemmTile(block_rows, block_n, block_k, 4, 6 if block_n * block_k < 2**14 else 4)
+        # 4 warps would hold both sums and the widened weights in 255 registers, and spill.
+        if block_n == 64:
+            return GemmTile(block_rows, 64, 64, num_warps=4, num_stages=4)
+        return GemmTile(block_rows, 128, block_k, num_warps=8, num_stages=3)
+
+    return tile(2 * intermediate_size, 128), tile(hidden_size, _down_block_k(intermediate_size))
+
+
+def _dense_rows(pairs: int, num_experts: int, arch: int) -> tuple[int, int]:
+    """block_rows, and the most blocks that the batch can need."""
+    block_rows = _rows_for(pairs / num_experts)
+    if not _warpgroup_products(arch):
+        block_rows = min(block_rows, 64)  # sm_89 and sm_120 have 99 KB of shared memory
+    return block_rows, most_blocks(pairs, num_experts, block_rows)
+
+
+def _dense_block_n(rows: int, blocks: int, arch: int) -> int:
+    """128 rows of weights share a token tile; 64 where they are left over or SMs would idle."""
+    fills = rows // 128 * blocks >= _SM_COUNT.get(arch, 148)
+    return 128 if rows % 128 == 0 and fills else 64
+
+
+def _down_block_k(intermediate_size: int) -> int:
+    """Columns of a step of down, whose steps are cut with the shard's blocks.
+
+    160 columns touch two blocks but only three half blocks, wherever the shard begins.
+    """
+    return 64 if intermediate_size < 256 else 128

@@ -1,0 +1,75 @@
+"""What the grouped GEMMs check of their arguments before a launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from step37_kernels.checks import require
+from step37_kernels.experts.routing import Routing
+from step37_kernels.experts.tiles import GemmTile
+
+CHANNELS_MULTIPLE = 16
+"""Rows of 16 elements are copied whole in every format: 16 bytes at the least."""
+
+
+def check_sizes(hidden_size: int, intermediate_size: int) -> None:
+    """Check that rows of weights and activations can be copied in vectors.
+
+    Raises:
+        ValueError: a size is not a multiple of 16.
+    """
+    for name, size in (("hidden", hidden_size), ("intermediate", intermediate_size)):
+        if size % CHANNELS_MULTIPLE:
+            raise ValueError(f"{name} size is {size}, expected a multiple of {CHANNELS_MULTIPLE}")
+
+
+def check_limit(limit: float | None) -> float:
+    """The clamp of the activation, 0 for none.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit is {limit}, expected a positive number, or 0 or None for no clamp")
+    return limit or 0.0
+
+
+def check_routing(routing: Routing, tile: GemmTile, device: torch.device) -> None:
+    """Check that `routing` was made for blocks of this tile and lies on `device`.
+
+    Raises:
+        ValueError: a shape, dtype, device or the block size does not fit.
+    """
+    if routing.block_rows != tile.block_rows:
+        raise ValueError(
+            f"routing.block_rows is {routing.block_rows}, expected the tile's {tile.block_rows}"
+        )
+    slots, int32 = routing.max_blocks * routing.block_rows, (torch.int32,)
+    require("routing.pair_of_slot", routing.pair_of_slot, (slots,), int32, contiguous=True)
+    require("routing.expert_of_block", routing.expert_of_block, (None,), int32, contiguous=True)
+    check_device("routing.pair_of_slot", routing.pair_of_slot, device)
+    check_device("routing.expert_of_block", routing.expert_of_block, device)
+
+
+def check_down_rows(pairs: int, routing: Routing, topk_weights: Tensor) -> None:
+    """Check that the intermediate has a row for every router weight.
+
+    Raises:
+        ValueError: topk_weights has another shape or dtype, or `pairs` is not its size.
+    """
+    require("topk_weights", topk_weights, (None, routing.top_k), (torch.float32,), contiguous=True)
+    if pairs != topk_weights.numel():
+        raise ValueError(
+            f"intermediate has {pairs} rows, expected {topk_weights.numel()}: one per router weight"
+        )
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Check that `tensor` is where the other tensors are.
+
+    Raises:
+        ValueError: it is on another device.
+    """
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")

@@ -1,0 +1,223 @@
+"""Grouped GEMMs of unquantised experts: BF16 weights, BF16 activations.
+
+The weights are the left operand (64 of their rows fill a wgmma, 16 token rows suffice on the other
+side). A program owns one tile of weight rows and one block of token rows of one expert and goes
+over the whole of the summed dimension, so a row's bits do not depend on its batch-mates.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from step37_kernels.checks import ceil_div, require
+from step37_kernels.expert_weights import BF16Experts
+from step37_kernels.experts.epilogue import swiglu_step
+from step37_kernels.experts.gemm_arguments import (
+    check_device,
+    check_down_rows,
+    check_limit,
+    check_routing,
+    check_sizes,
+)
+from step37_kernels.experts.routing import Routing
+from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.tiles import GemmTile
+from step37_kernels.launch import launch
+
+_BF16 = (torch.bfloat16,)
+
+
+@triton.jit
+def sum_over_columns(
+    weight_rows,
+    token_rows,
+    valid,
+    acc,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc [BLOCK_N, BLOCK_ROWS] plus the product over SIZE columns.
+
+    weight_rows [BLOCK_N] and token_rows [BLOCK_ROWS] point at column 0 of rows of bf16; tokens
+    where `valid` is false count as zeros.
+    """
+    k = tl.arange(0, BLOCK_K)
+    for step in range(0, tl.cdiv(SIZE, BLOCK_K)):
+        at = step * BLOCK_K + k
+        if SIZE % BLOCK_K == 0:
+            w = tl.load(weight_rows[:, None] + at[None, :])
+            x = tl.load(token_rows[:, None] + at[None, :], mask=valid[:, None], other=0.0)
+        else:
+            inside = (at < SIZE)[None, :]
+            w = tl.load(weight_rows[:, None] + at[None, :], mask=inside, other=0.0)
+            x = tl.load(token_rows[:, None] + at[None, :], mask=valid[:, None] & inside, other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
+def gate_up_bf16_kernel(
+    x,
+    w13,
+    intermediate,
+    pair_of_slot,
+    expert_of_block,
+    limit,
+    TOP_K: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """intermediate[pair] = swiglu_step of w13[expert] @ x[token]."""
+    block = tl.program_id(1)
+    expert = tl.load(expert_of_block + block).to(tl.int64)
+    if expert < 0:
+        return
+    pair = tl.load(pair_of_slot + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
+    valid = pair >= 0
+    channels, half, channel = gate_up_rows(tl.program_id(0), N, BLOCK_N)
+    weight_rows = w13 + expert * (2 * N * K) + (half * N + channel) * K
+    token_rows = x + (pair // TOP_K).to(tl.int64) * K
+    acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
+    acc = sum_over_columns(weight_rows, token_rows, valid, acc, K, BLOCK_K)
+    gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
+    activated = swiglu_step(gate, up, limit, HAS_LIMIT)
+    target = intermediate + pair.to(tl.int64)[None, :] * N + channels[:, None]
+    stored = valid[None, :] & (channels < N)[:, None]
+    tl.store(target, activated.to(tl.bfloat16), mask=stored)
+
+
+@triton.jit
+def down_bf16_kernel(
+    intermediate,
+    w2,
+    partial,
+    topk_weights,
+    pair_of_slot,
+    expert_of_block,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial[pair] = router weight * w2[expert] @ intermediate[pair]."""
+    block = tl.program_id(1)
+    expert = tl.load(expert_of_block + block).to(tl.int64)
+    if expert < 0:
+        return
+    pair = tl.load(pair_of_slot + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
+    valid = pair >= 0
+    channels = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_rows = w2 + expert * (K * N) + tl.minimum(channels, K - 1) * N
+    token_rows = intermediate + pair.to(tl.int64) * N
+    acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
+    acc = sum_over_columns(weight_rows, token_rows, valid, acc, N, BLOCK_K)
+    acc *= tl.load(topk_weights + pair, mask=valid, other=0.0)[None, :]
+    target = partial + pair.to(tl.int64)[None, :] * K + channels[:, None]
+    tl.store(target, acc.to(tl.bfloat16), mask=valid[None, :] & (channels < K)[:, None])
+
+
+def gate_up(
+    x: Tensor, weights: BF16Experts, routing: Routing, limit: float | None, tile: GemmTile
+) -> Tensor:
+    """swiglu_step(gate(x), up(x)) of every pair, one launch.
+
+    Args:
+        x: bf16 [T, K]; pair p reads row p // top_k.
+        weights: in bf16, K and N multiples of 16.
+        routing: the batch's pairs by expert, in blocks of tile.block_rows.
+        limit: the clamp of `swiglu_step`; None or 0 is none.
+        tile: block_n counts rows of w13, so half as many channels; a multiple of 16.
+
+    Returns:
+        intermediate bf16 [T * top_k, N], rounded once; rows of pairs that are in no block are not
+        written.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
+    hidden_size, size = weights.hidden_size, weights.intermediate_size
+    check_sizes(hidden_size, size)
+    require("x", x, (None, hidden_size), _BF16, contiguous=True)
+    require("w13", weights.w13, weights.w13.shape, _BF16, contiguous=True)
+    check_device("w13", weights.w13, x.device)
+    check_routing(routing, tile, x.device)
+    clamp = check_limit(limit)
+    intermediate = x.new_empty((x.shape[0] * routing.top_k, size))
+    launch(
+        gate_up_bf16_kernel,
+        (ceil_div(2 * size, tile.block_n), routing.max_blocks),
+        x,
+        weights.w13,
+        intermediate,
+        routing.pair_of_slot,
+        routing.expert_of_block,
+        clamp,
+        TOP_K=routing.top_k,
+        HAS_LIMIT=clamp > 0,
+        N=size,
+        K=hidden_size,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return intermediate
+
+
+def down(
+    intermediate: Tensor,
+    weights: BF16Experts,
+    routing: Routing,
+    topk_weights: Tensor,
+    tile: GemmTile,
+) -> Tensor:
+    """Router weight times the down projection of every pair, one launch.
+
+    Args:
+        intermediate: bf16 [T * top_k, N], as `gate_up` returns it.
+        weights, routing: as there.
+        topk_weights: fp32 [T, top_k].
+        tile: block_n counts rows of w2.
+
+    Returns:
+        partial bf16 [T * top_k, K]: summed and multiplied in fp32, rounded once; rows of pairs
+        that are in no block are not written.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
+    hidden_size, size = weights.hidden_size, weights.intermediate_size
+    check_sizes(hidden_size, size)
+    require("intermediate", intermediate, (None, size), _BF16, contiguous=True)
+    require("w2", weights.w2, weights.w2.shape, _BF16, contiguous=True)
+    check_device("w2", weights.w2, intermediate.device)
+    check_routing(routing, tile, intermediate.device)
+    check_down_rows(intermediate.shape[0], routing, topk_weights)
+    partial = intermediate.new_empty((intermediate.shape[0], hidden_size))
+    launch(
+        down_bf16_kernel,
+        (ceil_div(hidden_size, tile.block_n), routing.max_blocks),
+        intermediate,
+        weights.w2,
+        partial,
+        topk_weights,
+        routing.pair_of_slot,
+        routing.expert_of_block,
+        N=size,
+        K=hidden_size,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return partial

@@ -1,0 +1,189 @@
+"""The shared expert: every token's, always BF16, in at most two launches and one for each product.
+
+For few tokens one expert's weights are too few tiles for all SMs, so both sums are split: gate-up
+writes fp32 sums over parts of K; down adds them in a fixed order while it reads them, applies the
+activation, and writes fp32 sums over parts of N, which whoever sums the experts adds. For many
+tokens nothing is split, and the intermediate is written once in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from step37_kernels.arch import arch_of
+from step37_kernels.checks import ceil_div, require
+from step37_kernels.experts.epilogue import swiglu_step
+from step37_kernels.experts.gemm_arguments import check_device, check_limit, check_sizes
+from step37_kernels.experts.grouped_bf16 import sum_over_columns
+from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.tiles import GemmTile, SharedTiles, shared
+from step37_kernels.launch import launch
+
+_BF16 = (torch.bfloat16,)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def shared_gate_up_kernel(
+    x,
+    w13,
+    out,
+    tokens,
+    limit,
+    HAS_LIMIT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = swiglu_step(w13 @ x), bf16 [T, N]; or the sums of each part, fp32 [PARTS, 2, T, N]."""
+    part = tl.program_id(2)
+    token = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = token < tokens
+    channels, half, channel = gate_up_rows(tl.program_id(0), N, BLOCK_N)
+    SLICE: tl.constexpr = K // PARTS
+    weight_rows = w13 + (half * N + channel) * K + part * SLICE
+    token_rows = x + token.to(tl.int64) * K + part * SLICE
+    acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
+    acc = sum_over_columns(weight_rows, token_rows, valid, acc, SLICE, BLOCK_K)
+    gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
+    stored = valid[None, :] & (channels < N)[:, None]
+    target = token.to(tl.int64)[None, :] * N + channels[:, None]
+    if PARTS == 1:
+        activated = swiglu_step(gate, up, limit, HAS_LIMIT)
+        tl.store(out + target, activated.to(tl.bfloat16), mask=stored)
+    else:
+        first = out + part * 2 * tokens.to(tl.int64) * N
+        tl.store(first + target, gate, mask=stored)
+        tl.store(first + tokens.to(tl.int64) * N + target, up, mask=stored)
+
+
+@triton.jit
+def _activated(sums, at, inside, tokens, limit, HAS_LIMIT: tl.constexpr, N: tl.constexpr,
+               PARTS: tl.constexpr):  # fmt: skip
+    """swiglu_step of gate and up at offsets `at` of [T, N], their parts added first to last."""
+    half = tokens.to(tl.int64) * N
+    gate = tl.load(sums + at, mask=inside, other=0.0)
+    up = tl.load(sums + half + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        gate += tl.load(sums + 2 * part * half + at, mask=inside, other=0.0)
+        up += tl.load(sums + (2 * part + 1) * half + at, mask=inside, other=0.0)
+    return swiglu_step(gate, up, limit, HAS_LIMIT)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def shared_down_kernel(
+    source,
+    w2,
+    out,
+    tokens,
+    limit,
+    HAS_LIMIT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out [SPLITS, T, K] = w2 @ the intermediate over parts of N; `source` as gate-up left it."""
+    split = tl.program_id(2)
+    token = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = token < tokens
+    channels = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SLICE: tl.constexpr = N // SPLITS
+    weight_rows = w2 + tl.minimum(channels, K - 1) * N + split * SLICE
+    rows = token.to(tl.int64) * N + split * SLICE
+    acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
+    if PARTS == 1:
+        acc = sum_over_columns(weight_rows, source + rows, valid, acc, SLICE, BLOCK_K)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        for first in range(0, SLICE, BLOCK_K):
+            column = (first + k)[None, :]
+            if SLICE % BLOCK_K == 0:
+                w, inside = tl.load(weight_rows[:, None] + column), valid[:, None]
+            else:
+                w = tl.load(weight_rows[:, None] + column, mask=column < SLICE, other=0.0)
+                inside = valid[:, None] & (column < SLICE)
+            at = rows[:, None] + column
+            h = _activated(source, at, inside, tokens, limit, HAS_LIMIT, N, PARTS)
+            acc = tl.dot(w, tl.trans(h.to(tl.bfloat16)), acc)
+    target = (split * tokens.to(tl.int64) + token)[None, :] * K + channels[:, None]
+    stored = valid[None, :] & (channels < K)[:, None]
+    tl.store(out + target, acc.to(out.dtype.element_ty), mask=stored)
+
+
+def shared_expert(
+    hidden: Tensor, w13: Tensor, w2: Tensor, limit: float | None, tiles: SharedTiles | None = None
+) -> Tensor:
+    """down(swiglu_step(gate(x), up(x))) of every token, as parts that are still to be added.
+
+    Products are exact, sums in fp32; the intermediate is rounded to bf16. Deterministic: the parts
+    are added in a fixed order.
+
+    Args:
+        hidden: bf16 [T, K]; K and N are multiples of 16.
+        w13: bf16 [2N, K], the gate's rows above the up projection's.
+        w2: bf16 [K, N].
+        limit: the shared expert's own clamp of `swiglu_step`; None or 0 is none.
+        tiles: None takes those of `tiles.shared`.
+
+    Returns:
+        [S, T, K]; the result is the sum over S. fp32 where S is more than 1; bf16, the sum rounded
+        once, where S is 1: there are many tokens, and memory is what they cost.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout does not fit.
+    """
+    require("hidden", hidden, (None, None), _BF16, contiguous=True)
+    tokens, size = hidden.shape
+    require("w13", w13, (None, size), _BF16, contiguous=True)
+    if w13.shape[0] % 2:
+        raise ValueError(f"w13 has {w13.shape[0]} rows, expected an even number (gate above up)")
+    channels = w13.shape[0] // 2
+    require("w2", w2, (size, channels), _BF16, contiguous=True)
+    check_sizes(size, channels)
+    check_device("w13", w13, hidden.device)
+    check_device("w2", w2, hidden.device)
+    clamp = check_limit(limit)
+    chosen = tiles or shared(tokens, channels, size, arch_of(hidden))
+    if chosen.parts == 1:
+        between = hidden.new_empty((tokens, channels))
+    else:
+        between = hidden.new_empty((chosen.parts, 2, tokens, channels), dtype=torch.float32)
+    kind = torch.bfloat16 if chosen.splits == 1 else torch.float32
+    out = hidden.new_empty((chosen.splits, tokens, size), dtype=kind)
+    options = {"N": channels, "K": size, "PARTS": chosen.parts, "HAS_LIMIT": clamp > 0}
+    launch(
+        shared_gate_up_kernel,
+        _grid(2 * channels, tokens, chosen.parts, chosen.gate_up),
+        hidden, w13, between, tokens, clamp,
+        **options, **_tile_options(chosen.gate_up),
+    )  # fmt: skip
+    launch(
+        shared_down_kernel,
+        _grid(size, tokens, chosen.splits, chosen.down),
+        between, w2, out, tokens, clamp,
+        **options, SPLITS=chosen.splits, **_tile_options(chosen.down),
+    )  # fmt: skip
+    return out
+
+
+def _grid(rows: int, tokens: int, parts: int, tile: GemmTile) -> tuple[int, int, int]:
+    return ceil_div(rows, tile.block_n), ceil_div(tokens, tile.block_rows), parts
+
+
+def _tile_options(tile: GemmTile) -> dict[str, int]:
+    return {
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
