@@ -226,7 +226,11 @@ def _nvidia_tool(name: str, flag: str, cubin: bytes) -> str:
 
 
 def parse_sass(text: str) -> tuple[tuple[Instruction, ...], tuple[tuple[int, int], ...]]:
-    """Instructions of nvdisasm's output, and the loops: branches to a label above them."""
+    """Instructions of nvdisasm's output, and the loops: branches to a label above them.
+
+    What stands after the last EXIT are cold paths, such as the repeated wait for a barrier, which
+    branch back into the program without being a loop over it.
+    """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
@@ -239,10 +243,12 @@ def parse_sass(text: str) -> tuple[tuple[Instruction, ...], tuple[tuple[int, int
             if target := re.search(r"`\((\.L\w+)\)", found[2]):
                 branches.append((len(instructions), target[1]))
             instructions.append(Instruction(found[1], found[2]))
+    end = max((at for at, i in enumerate(instructions) if i.opcode == "EXIT"), default=0)
     loops = tuple(
         (labels[label], at)
         for at, label in branches
-        if label in labels and labels[label] <= at and instructions[at].opcode in ("BRA", "UBRA")
+        if label in labels and labels[label] <= at < end
+        if instructions[at].opcode in ("BRA", "UBRA")
     )
     return tuple(instructions), loops
 

@@ -93,18 +93,47 @@ def write_cache(
             cache[kept] = new[keep].to(cache.dtype)
 
 
+def prologue_into_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    q_norm_weight: Tensor,
+    k_norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """`prologue`, then `write_cache` of its k and v; arguments and errors as theirs.
+
+    Returns:
+        q [T, Hq, D] in qkv's dtype.
+    """
+    q, k, v = prologue(
+        qkv, positions, q_norm_weight, k_norm_weight, cos_sin_cache, num_q_heads, num_kv_heads, eps
+    )
+    write_cache(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    return q
+
+
 def attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
-    query_lens: Tensor,
+    query_lens: Tensor | None,
     softmax_scale: float,
     window: int | None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     head_gate: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    page_size: int = 1,
 ) -> Tensor:
     """Causal grouped-query attention of the newest queries of each sequence, prefill and decode.
 
@@ -112,15 +141,21 @@ def attend(
     with a window the last `window` of them, p itself included: p - window + 1 .. p. Products and
     softmax are in fp32. Slots of positions before every query's window are never read.
 
+    With a tree mask (drafts to verify) query i sees the query_len newest keys j where
+    tree_mask[b, i, j], normally its ancestors and itself, and p is as many positions behind the
+    other keys as it sees other drafts; a window hides none of the newest keys.
+
     Args:
         q: [Tq, Hq, D], floating point, the sequences' queries one after the other.
         k_cache, v_cache: [S, Hkv, D]; float8_e4m3fn is multiplied by its scale, others are not.
-        page_table: int [B, max_len], the slot of each position.
+        page_table: int [B, max_pages]; page p is the slots p * page_size and following, so with
+            pages of one slot it is the slot of each position.
         seq_lens: int [B], keys of each sequence, the new ones included.
-        query_lens: int [B], queries of each sequence; they add up to Tq.
+        query_lens: int [B], queries of each sequence; they add up to Tq. None is one each.
         softmax_scale: multiplies the scores, normally D^-0.5.
         window: number of keys a query sees at most; None is all.
         head_gate: [Tq, Hq] logits or None; each head's output is multiplied by their sigmoid.
+        tree_mask: bool [B, n, n] or None; every query_len is n then, at most 128.
 
     Returns:
         [Tq, Hq * D] in q's dtype.
@@ -133,11 +168,24 @@ def attend(
     require("v_cache", v_cache, k_cache.shape)
     require("page_table", page_table, (None, None))
     require("seq_lens", seq_lens, (page_table.shape[0],))
+    query_lens = torch.ones_like(seq_lens) if query_lens is None else query_lens
     require("query_lens", query_lens, (page_table.shape[0],))
     if num_heads % k_cache.shape[1]:
         raise ValueError(f"q has {num_heads} heads, expected a multiple of {k_cache.shape[1]}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected a positive number or None")
+    if tree_mask is not None:
+        require("tree_mask", tree_mask, (page_table.shape[0], None, None), (torch.bool,))
+        drafts = tree_mask.shape[1]
+        if tree_mask.shape[2] != drafts or set(query_lens.tolist()) - {drafts}:
+            raise ValueError(
+                f"tree_mask has shape {list(tree_mask.shape)}, query_lens are "
+                f"{query_lens.tolist()}, expected [B, n, n] and n each"
+            )
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}, expected a positive number")
+    in_page = torch.arange(page_size, device=page_table.device)
+    page_table = (page_table.long()[..., None] * page_size + in_page).flatten(1)
     lengths = _checked_lengths(seq_lens, query_lens, num_tokens, page_table.shape[1])
 
     k_factor = k_scale if k_cache.dtype == torch.float8_e4m3fn else 1.0
@@ -152,9 +200,11 @@ def attend(
             k = _gather(k_cache, slots) * k_factor
             v = _gather(v_cache, slots) * v_factor
             rows = slice(row, row + stop - start)
-            out[rows] = _attend_chunk(
-                q[rows].float(), k, v, start - first_key, softmax_scale, window
-            )
+            if tree_mask is None:
+                hidden = _hidden(stop - start, stop - first_key, window, q.device)
+            else:
+                hidden = _hidden_in_tree(tree_mask[sequence], stop - first_key, window)
+            out[rows] = _attend_chunk(q[rows].float(), k, v, hidden, softmax_scale)
             row = rows.stop
     if head_gate is not None:
         require("head_gate", head_gate, (num_tokens, num_heads))
@@ -186,10 +236,25 @@ def _gather(cache: Tensor, slots: Tensor) -> Tensor:
     return cache[slots].float()
 
 
-def _attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, first_query: int, softmax_scale: float, window: int | None
-) -> Tensor:
-    """Attention of q [n, Hq, D] over k, v [L, Hkv, D]; query i stands at key first_query + i."""
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys the newest `queries` tokens of `keys` do not see: bool [queries, keys]."""
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    hidden = key > position
+    return hidden if window is None else hidden | (key <= position - window)
+
+
+def _hidden_in_tree(mask: Tensor, keys: int, window: int | None) -> Tensor:
+    """`_hidden` for one sequence's tree mask [n, n]."""
+    prefix = keys - mask.shape[0]
+    position = prefix + mask.sum(1, keepdim=True) - 1
+    key = torch.arange(prefix, device=mask.device)
+    limit = torch.full_like(position, -1) if window is None else position - window
+    return torch.cat([key <= limit, ~mask], dim=1)
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, softmax_scale: float) -> Tensor:
+    """Attention of q [n, Hq, D] over k, v [L, Hkv, D], without the `hidden` [n, L]."""
     num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
@@ -198,11 +263,6 @@ def _attend_chunk(
     folded = folded.reshape(num_kv_heads, group * num_queries, head_dim)
     scores = (folded @ k.permute(1, 2, 0)) * softmax_scale
     scores = scores.view(num_kv_heads, group, num_queries, num_keys)
-    position = torch.arange(first_query, first_query + num_queries, device=q.device)[:, None]
-    key = torch.arange(num_keys, device=q.device)
-    hidden = key > position
-    if window is not None:
-        hidden |= key <= position - window
     probability = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     out = probability.view(num_kv_heads, group * num_queries, num_keys) @ v.permute(1, 0, 2)
     out = out.view(num_kv_heads, group, num_queries, head_dim)
