@@ -18,8 +18,8 @@ from typing import Any
 from step37_ext.checkpoint.headers import INDEX_FILE, read_headers, read_json, weight_map
 from step37_ext.model.attention import ATTENTION_BACKEND
 from step37_ext.model.config import TextShape, VisionShape
+from step37_ext.model.parallel import Parallel, check_parallel, check_vision_heads
 from step37_ext.model.tensors import (
-    NVFP4_GROUP,
     TensorSpec,
     cache_scale,
     canonical_name,
@@ -49,14 +49,6 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled")),
     ("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill", (None, "disabled")),
 )
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """Ranks of tensor parallelism, and how many of them split the experts by whole experts."""
-
-    tp_size: int = 1
-    ep_size: int = 1
 
 
 def check_architecture(architectures: list[str] | None) -> str:
@@ -123,37 +115,8 @@ def check_config(folder: Path, parallel: Parallel, quantization_flag: str | None
     if architecture == MULTIMODAL:
         nested = {key: SimpleNamespace(**config[key]) for key in ("text_config", "vision_config")}
         vision = VisionShape.from_config(SimpleNamespace(**(config | nested)))
-        _divides(parallel.tp_size, vision.heads, f"the vision encoder's {vision.heads} heads")
+        check_vision_heads(parallel.tp_size, vision.heads)
     return CheckedConfig(text, vision, checkpoint)
-
-
-def check_parallel(text: TextShape, parallel: Parallel, weights: str) -> None:
-    """Check that heads, experts and intermediate sizes divide over the ranks.
-
-    Raises:
-        ValueError: the first size that does not divide, by name, with its value.
-    """
-    tp, ep = parallel.tp_size, parallel.ep_size
-    if tp % ep:
-        raise ValueError(f"--ep-size {ep} does not divide --tp {tp}")
-    for shape in {layer.attention.kind: layer.attention for layer in text.layers}.values():
-        _divides(tp, shape.num_heads, f"the {shape.num_heads} query heads of {shape.kind}")
-        kv = shape.num_kv_heads
-        if kv % tp and tp % kv:
-            raise ValueError(
-                f"--tp {tp} neither divides nor is a multiple of the {kv} KV heads of {shape.kind}"
-            )
-    _divides(tp, text.dense_intermediate, f"intermediate_size {text.dense_intermediate}")
-    _divides(tp, text.shared_intermediate, f"share_expert_dim {text.shared_intermediate}")
-    if text.num_experts % ep:
-        raise ValueError(f"--ep-size {ep} does not divide the {text.num_experts} experts")
-    moe_tp, unit = tp // ep, NVFP4_GROUP if weights == "nvfp4" else 1
-    if text.moe_intermediate % (moe_tp * unit):
-        groups = f" in groups of {unit}" if unit > 1 else ""
-        raise ValueError(
-            f"--tp {tp} with --ep-size {ep} does not divide the experts' "
-            f"moe_intermediate_size {text.moe_intermediate}{groups}"
-        )
 
 
 def check_tensors(folder: Path, checked: CheckedConfig) -> None:
@@ -222,8 +185,3 @@ def report_unknown(names: list[str]) -> None:
         f"checkpoint: {len(names)} tensors have names that this model does not know: {listed}; "
         "set STEP37_STRICT=0 to ignore them"
     )
-
-
-def _divides(tp: int, size: int, what: str) -> None:
-    if size % tp:
-        raise ValueError(f"--tp {tp} does not divide {what}")

@@ -1,0 +1,135 @@
+"""Every printed command, read by SGLang's own argument handling and by this package's start."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from step37_ext.deploy import plans
+from step37_ext.deploy.command import MODELS, docker_command, in_shell, serve_command
+from step37_ext.deploy.hardware import static_fraction
+from step37_ext.deploy.memory import release_config
+from step37_ext.deploy.plans import Plan, Request, make_plan
+
+QUANTIZATION_CONFIG = {
+    "bf16": None,
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "nvfp4": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": {"weights": {"group_size": 16}}},
+        "kv_cache_scheme": {"type": "float", "num_bits": 8},
+    },
+}
+PAGE = [
+    Request(gpu, 4, quant, reasoning=reasoning, tools=tools)
+    for gpu, quant, (reasoning, tools) in itertools.product(
+        ("h200", "b200", "b300", "gb200", "gb300"),
+        ("bf16", "fp8", "nvfp4"),
+        itertools.product((False, True), repeat=2),
+    )
+]
+OTHERS = [
+    Request("h200", 1, "nvfp4"),
+    Request("h200", 1, "nvfp4", context=131072),
+    Request("h100", 2, "nvfp4", context=262144, concurrency=2),
+    Request("h100", 8, "bf16"),
+    Request("h100", 8, "fp8", concurrency=16),
+    Request("h100", 8, "nvfp4", nodes=2),
+    Request("gb200", 4, "fp8", nodes=2, context=65536),
+]
+DRAFTS = Request("b200", 4, "bf16", mtp=True)
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Request, dict | str]:
+    """What SGLang makes of each plan's command for a checkpoint with the release's config."""
+    folder = tmp_path_factory.mktemp("configs")
+    for quant, quantization in QUANTIZATION_CONFIG.items():
+        (folder / quant).mkdir()
+        config = release_config() | ({"quantization_config": quantization} if quantization else {})
+        (folder / quant / "config.json").write_text(json.dumps(config))
+    with mock.patch.object(plans, "DRAFTS_SERVED", True):
+        made = {request: make_plan(request) for request in (*PAGE, *OTHERS, DRAFTS)}
+    work = [(local(plan, folder), plan.gpu.memory_mib) for plan in made.values()]
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("resolve.py"))],
+        input=json.dumps(work),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return dict(zip(made, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+def local(plan: Plan, folder: Path) -> list[str]:
+    """A plan's arguments of `sglang serve`, for a local folder on a machine without a GPU."""
+    arguments = serve_command(plan)
+    assert arguments[:4] == ["sglang", "serve", "--model-path", MODELS[plan.request.quant]]
+    return ["--model-path", str(folder / plan.request.quant), *arguments[4:], "--device", "cpu"]
+
+
+@pytest.mark.parametrize("request_", [*PAGE, *OTHERS], ids=str)
+def test_sglang_reads_what_was_planned(resolved, request_):
+    plan, read = make_plan(request_), resolved[request_]
+    assert isinstance(read, dict), read
+    settings = plan.memory.settings
+    expected = {
+        "tp_size": request_.gpus,
+        "ep_size": plan.parallel.ep_size,
+        "nnodes": request_.nodes,
+        "model_impl": "step37",
+        "attention_backend": "step37",
+        "trust_remote_code": True,
+        "context_length": request_.context,
+        "max_running_requests": request_.concurrency,
+        "chunked_prefill_size": settings.prefill_chunk,
+        "swa_full_tokens_ratio": settings.sliding_ratio,
+        "reasoning_parser": "step3p5" if request_.reasoning else None,
+        "tool_call_parser": "step3p5" if request_.tools else None,
+        "quantization": "modelopt_fp4" if request_.quant == "nvfp4" else None,
+        "kv_cache_dtype": "fp8_e4m3" if request_.quant == "nvfp4" else "auto",
+    }
+    assert {name: read[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("request_", [*PAGE, *OTHERS], ids=str)
+def test_sglang_reserves_what_was_planned(resolved, request_):
+    """The same rule, but for the part of CUDA graphs, which there are none of on a CPU."""
+    plan = make_plan(request_)
+    planned = static_fraction(plan.gpu, request_.gpus, plan.memory.settings.prefill_chunk, 0)
+    assert resolved[request_]["mem_fraction_static"] == pytest.approx(planned, abs=1e-9)
+
+
+def test_drafts_are_refused_by_the_start_too(resolved):
+    """Once this fails, `DRAFTS_SERVED` in deploy/plans.py is to be switched on."""
+    assert not plans.DRAFTS_SERVED
+    assert "step37 does not support --speculative-algorithm" in resolved[DRAFTS]
+
+
+def test_docker_runs_the_same_command():
+    plan = make_plan(replace(PAGE[0], quant="nvfp4"))
+    serve = serve_command(plan)
+    docker = docker_command(serve)
+    assert docker[:2] == ["docker", "run"] and "lmsysorg/sglang:dev-step-3.7-flash" in docker
+    assert "--gpus all --shm-size=32g --ipc=host --network=host" in " ".join(docker)
+    assert docker[-2] == "-c" and docker[-1].endswith("exec " + " ".join(serve))
+    mounts = [docker[i + 1] for i, word in enumerate(docker) if word == "-v"]
+    source = next(m.split(":")[0] for m in mounts if m.endswith(":/step37-ext"))
+    assert (Path(source) / "pyproject.toml").exists()
+
+
+def test_shell_text_is_the_command():
+    command = docker_command(serve_command(make_plan(PAGE[-1])))
+    read = subprocess.run(
+        ["bash", "-c", "printf '%s\\0' " + in_shell(command)], capture_output=True, check=True
+    )
+    assert read.stdout.decode().split("\0")[:-1] == command
