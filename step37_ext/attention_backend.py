@@ -1,4 +1,4 @@
-"""SGLang's attention seam: its batch and cache become tensors, then one verb is called."""
+"""SGLang's attention seam: its batch and cache become the tensors that our verbs take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from step37_ext.server_facts import device_target
 from step37_kernels import dispatch
+from step37_kernels.attention.pages import PAGE_SIZES
 from step37_kernels.reference.attention import write_cache
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Paging:
     """Where one batch's keys are in one of the two cache pools.
 
     Attributes:
-        page_table: int `[B, longest]`, the slot of each position.
+        page_table: int32 `[B, pages]`.
         new_slots: int `[T]`, where this step's keys go.
     """
 
@@ -31,44 +33,122 @@ class Paging:
     new_slots: torch.Tensor
 
 
+@dataclass(frozen=True)
+class GraphTables:
+    """Page tables `[max_bs, pages]` of the two pools, and the sliding pool's slots `[tokens]`."""
+
+    full: torch.Tensor
+    sliding: torch.Tensor
+    sliding_slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache and this step's place in it, as the operations take them.
+
+    Attributes:
+        query_lens: int `[B]`, or None where every sequence has one query.
+        window: keys that a query sees at most, itself among them; None is all.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    paging: Paging
+    page_size: int
+    seq_lens: torch.Tensor
+    query_lens: torch.Tensor | None
+    window: int | None
+    k_scale: float
+    v_scale: float
+
+
 class Step37AttentionBackend(AttentionBackend):
-    """Attention through `step37_kernels`, with the head gate applied in the same operation."""
+    """Attention through `step37_kernels` over SGLang's full and sliding-window pools.
+
+    The model asks for a `LayerCache` and calls the operations itself, so that the head gate and
+    the cache write are in them. `forward_decode` and `forward_extend` are for a server whose
+    backends for prefill and decode differ: there q, k and v come one by one, and the gate after.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
+        # A page size that the kernels do not have is served slot by slot.
+        self.page_size = runner.page_size if runner.page_size in PAGE_SIZES else 1
         device = torch.device(runner.device)
-        capability = torch.cuda.get_device_capability() if device.type == "cuda" else None
-        self.attend = dispatch.choose("attend", dispatch.Target(device.type, capability, "-"))
+        self.attend = dispatch.choose("attend", device_target(device, "-", runner.dtype))
         self.full: Paging | None = None
         self.sliding: Paging | None = None
-        self.seq_lens = self.query_lens = torch.empty(0)
+        self.seq_lens = torch.empty(0)
+        self.query_lens: torch.Tensor | None = None
+        self.graph: GraphTables | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        mode = forward_batch.forward_mode
-        if forward_batch.spec_info is not None:
-            raise ValueError(f"attention backend step37 does not verify drafts (mode {mode.name})")
-        self.seq_lens = forward_batch.seq_lens
-        self.query_lens = (
-            torch.ones_like(self.seq_lens)
-            if mode.is_decode_or_idle()
-            else forward_batch.extend_seq_lens
-        )
-        longest = int(self.seq_lens.max()) if self.seq_lens.numel() else 0
-        table = self.req_to_token[forward_batch.req_pool_indices, :longest]
-        self.full = self.sliding = Paging(table, forward_batch.out_cache_loc)
+        """Before a pass that no graph replays."""
+        width = self._longest(forward_batch)
+        slots = self.req_to_token[forward_batch.req_pool_indices, :width]
+        new = forward_batch.out_cache_loc
+        self.full = self.sliding = Paging(self._pages(slots), new)
         if isinstance(self.pool, SWAKVPool):
-            self.sliding = Paging(
-                self.pool.translate_loc_from_full_to_swa(table),
-                self.pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc),
-            )
+            translate = self.pool.translate_loc_from_full_to_swa
+            self.sliding = Paging(self._pages(translate(slots)), translate(new))
+        self._set_lengths(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make the tables that every captured graph reads; `max_num_tokens` is `max_bs` here."""
+        pages = -(-self.req_to_token.shape[1] // self.page_size)
+        new = self.req_to_token.new_zeros
+        self.graph = GraphTables(
+            new((max_bs, pages), dtype=torch.int32),
+            new((max_bs, pages), dtype=torch.int32),
+            new((max_num_tokens,), dtype=torch.int64),
+        )
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Before capture and before each replay: fill the tables in place."""
+        assert self.graph is not None, "init_cuda_graph_state was not called"
+        size, tables = forward_batch.batch_size, self.graph
+        width = self.req_to_token.shape[1] if in_capture else self._longest(forward_batch)
+        slots = self.req_to_token[forward_batch.req_pool_indices, :width]
+        new = forward_batch.out_cache_loc
+        pages = self._pages(slots)
+        tables.full[:size, : pages.shape[1]] = pages
+        self.full = self.sliding = Paging(tables.full[:size], new)
+        if isinstance(self.pool, SWAKVPool):
+            translate = self.pool.translate_loc_from_full_to_swa
+            tables.sliding[:size, : pages.shape[1]] = self._pages(translate(slots))
+            tables.sliding_slots[: len(new)] = translate(new)
+            self.sliding = Paging(tables.sliding[:size], tables.sliding_slots[: len(new)])
+        self._set_lengths(forward_batch)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def layer_cache(self, layer: RadixAttention) -> LayerCache:
+        """What the operations of one layer need in this pass."""
+        window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
+        paging = self.full if window is None else self.sliding
+        assert paging is not None, "init_forward_metadata was not called"
+        return LayerCache(
+            self.pool.get_key_buffer(layer.layer_id),
+            self.pool.get_value_buffer(layer.layer_id),
+            paging,
+            self.page_size,
+            self.seq_lens,
+            self.query_lens,
+            window,
+            1.0 if layer.k_scale_float is None else layer.k_scale_float,
+            1.0 if layer.v_scale_float is None else layer.v_scale_float,
+        )
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        return self._forward(q, k, v, layer, save_kv_cache, **kwargs)
+        return self._forward(q, k, v, layer, save_kv_cache)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        return self._forward(q, k, v, layer, save_kv_cache, **kwargs)
+        return self._forward(q, k, v, layer, save_kv_cache)
 
     def _forward(
         self,
@@ -77,35 +157,59 @@ class Step37AttentionBackend(AttentionBackend):
         v: torch.Tensor | None,
         layer: RadixAttention,
         save_kv_cache: bool,
-        head_gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """q, k, v `[T, heads * D]` to `[T, query heads * D]`, gated if `head_gate` is given."""
-        window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
-        paging = self.full if window is None else self.sliding
-        assert paging is not None, "init_forward_metadata was not called"
-        k_cache = self.pool.get_key_buffer(layer.layer_id)
-        v_cache = self.pool.get_value_buffer(layer.layer_id)
-        k_scale = 1.0 if layer.k_scale_float is None else layer.k_scale_float
-        v_scale = 1.0 if layer.v_scale_float is None else layer.v_scale_float
+        """q, k, v `[T, heads * D]` to `[T, query heads * D]`."""
+        cache = self.layer_cache(layer)
         if save_kv_cache and k is not None and v is not None:
             heads = (-1, layer.tp_k_head_num, layer.qk_head_dim)
             write_cache(
-                k.view(heads), v.view(heads), k_cache, v_cache, paging.new_slots, k_scale, v_scale
-            )
-        return self.attend(
-            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            k_cache,
-            v_cache,
-            paging.page_table,
-            self.seq_lens,
-            self.query_lens,
-            layer.scaling,
-            window,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            head_gate=head_gate,
-        )
+                k.view(heads), v.view(heads), cache.k_cache, cache.v_cache, cache.paging.new_slots,
+                cache.k_scale, cache.v_scale,
+            )  # fmt: skip
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        return attend_cached(self.attend, q, cache, layer.scaling, None)
 
     def support_triton(self) -> bool:
         """SGLang's own Triton helpers may be used beside this backend on a GPU only."""
         return self.req_to_token.is_cuda
+
+    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        """Slots of positions `[B, L]` to pages `[B, L / page_size]`."""
+        return (slots[:, :: self.page_size] // self.page_size).int()
+
+    def _longest(self, forward_batch: ForwardBatch) -> int:
+        """The longest sequence, of the lengths that SGLang has on the host: nothing is waited for."""
+        lengths = forward_batch.seq_lens_cpu
+        lengths = forward_batch.seq_lens if lengths is None else lengths
+        return int(lengths.max()) if lengths.numel() else 0
+
+    def _set_lengths(self, forward_batch: ForwardBatch) -> None:
+        mode = forward_batch.forward_mode
+        if forward_batch.spec_info is not None:
+            raise ValueError(f"attention backend step37 does not verify drafts (mode {mode.name})")
+        self.seq_lens = forward_batch.seq_lens
+        self.query_lens = None if mode.is_decode_or_idle() else forward_batch.extend_seq_lens
+
+
+def attend_cached(
+    attend: dispatch.Implementation,
+    q: torch.Tensor,
+    cache: LayerCache,
+    scaling: float,
+    head_gate: torch.Tensor | None,
+) -> torch.Tensor:
+    """The operation `attend` over a layer's cache: q `[T, Hq, D]` to `[T, Hq * D]`."""
+    return attend(
+        q,
+        cache.k_cache,
+        cache.v_cache,
+        cache.paging.page_table,
+        cache.seq_lens,
+        cache.query_lens,
+        scaling,
+        cache.window,
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        head_gate=head_gate,
+        page_size=cache.page_size,
+    )

@@ -171,12 +171,19 @@ RUNTIME = (
         "sums the expert block over ranks",
         call=("input_",),
     ),
+    Seam(
+        f"{SRT}.model_executor.forward_context.get_attn_backend",
+        "the running backend, which knows the batch's place in the cache",
+        call=(),
+    ),
     *_names(f"{SRT}.model_executor.model_runner", "gives the cache to the backend", "ModelRunner"),
     *_names(
         BATCH,
         "what a batch tells the attention backend",
         "forward_mode",
+        "batch_size",
         "seq_lens",
+        "seq_lens_cpu",
         "extend_seq_lens",
         "req_pool_indices",
         "out_cache_loc",
@@ -292,6 +299,17 @@ MODEL = (
 
 OVERRIDDEN = (
     Seam(f"{BACKEND}.init_forward_metadata", "cache metadata", takes=("forward_batch",)),
+    Seam(
+        f"{BACKEND}.init_forward_metadata_out_graph",
+        "cache metadata of a captured pass",
+        takes=("forward_batch", "in_capture"),
+    ),
+    Seam(
+        f"{BACKEND}.init_cuda_graph_state",
+        "the tables that captured passes read",
+        takes=("max_bs", "max_num_tokens"),
+    ),
+    Seam(f"{BACKEND}.get_cuda_graph_seq_len_fill_value", "length of padding rows", takes=()),
     Seam(
         f"{BACKEND}.forward_extend",
         "attention of prompts",

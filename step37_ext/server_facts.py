@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from sglang.srt.runtime_context import attention_backends, get_model
 
 from step37_ext.checkpoint.location import local_folder
+from step37_kernels.dispatch import Target
 
 
 def attention_backend_names() -> tuple[str, str]:
@@ -18,3 +20,9 @@ def checkpoint_folder() -> Path | None:
     """The checkpoint's folder, or None if it is not on this machine."""
     model = get_model()
     return local_folder(model.model_path, model.revision)
+
+
+def device_target(device: torch.device, weights: str, dtype: torch.dtype) -> Target:
+    """What the operations run on: a device, the format of their weights, the model's dtype."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Target(device.type, capability, weights, dtype)

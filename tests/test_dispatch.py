@@ -1,7 +1,5 @@
 """Which implementation runs, and what is said when none does."""
 
-import copy
-
 import pytest
 
 from step37_kernels import dispatch
@@ -14,8 +12,12 @@ HOPPER = Target("cuda", (9, 0), "nvfp4")
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Every test registers into a copy, and none is under the caller's STEP37_IMPL."""
-    monkeypatch.setattr(dispatch, "_registry", copy.deepcopy(dispatch._registry))
+    """Every test registers beside the references alone, and not under the caller's STEP37_IMPL."""
+    references = {
+        operation: [known for known in registered if known.name == "reference"]
+        for operation, registered in dispatch._registry.items()
+    }
+    monkeypatch.setattr(dispatch, "_registry", references)
     monkeypatch.delenv("STEP37_IMPL", raising=False)
 
 
@@ -61,6 +63,19 @@ def test_the_environment_forces_one(monkeypatch):
     monkeypatch.setenv("STEP37_IMPL", "trition")
     with pytest.raises(ValueError, match="'trition', known for 'attend': fast, reference"):
         choose("attend", CPU)
+
+
+def test_an_operation_without_the_forced_name_gets_the_best(monkeypatch):
+    register("attend", "fast", attend, needs_cuda, priority=10)
+    monkeypatch.setenv("STEP37_IMPL", "fast")
+    assert choose("attend", HOPPER).name == "fast"
+    assert choose("route", HOPPER).name == "reference"
+
+
+def test_weights_are_prepared_by_the_chosen_one():
+    register("experts", "fast", attend, needs_cuda, priority=10, prepare=lambda w: ("tiles", w))
+    assert choose("experts", HOPPER).prepare("w") == ("tiles", "w")
+    assert choose("experts", CPU).prepare("w") == "w"
 
 
 def test_unknown_operations_are_named():

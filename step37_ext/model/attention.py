@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import nn
 
+from step37_ext.attention_backend import Step37AttentionBackend, attend_cached
 from step37_ext.model.config import TextShape
 from step37_ext.model.load import Load, plain, whole
 from step37_ext.model.operations import OperationTable
+from step37_kernels.reference.attention import prologue
 
 ATTENTION_BACKEND = "step37"
 
@@ -19,8 +24,8 @@ ATTENTION_BACKEND = "step37"
 class Attention(nn.Module):
     """Attention of one decoder layer on one rank.
 
-    With the attention backend "step37" for prefill and decode the head gate is applied in the
-    attention operation itself; with another backend it is a separate multiplication after it.
+    With the attention backend "step37" for prefill and decode the operations are fused; with
+    another backend, norm, rotary and head gate are steps of their own around it.
     """
 
     def __init__(
@@ -78,10 +83,10 @@ class Attention(nn.Module):
             sliding_window_size=-1 if shape.window is None else shape.window - 1,
             prefix=f"{prefix}.attn",
         )
-        self.prologue = operations.choose("prologue", layer, "-")
-        self.gate_in_backend = set(backends) == {ATTENTION_BACKEND}
-        if self.gate_in_backend:
-            operations.choose("attend", layer, "-")
+        self.fused = set(backends) == {ATTENTION_BACKEND}
+        if self.fused:
+            self.prologue = operations.choose("prologue", layer, "-")
+            self.attend = operations.choose("attend", layer, "-")
         else:
             names = " / ".join(dict.fromkeys(backends))
             operations.note("attend", layer, "-", f"backend {names}", "--attention-backend")
@@ -91,7 +96,45 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Hidden `[T, hidden]` after the input norm to the block's output, summed over ranks."""
         qkv, _ = self.qkv_proj(hidden)
-        q, k, v = self.prologue(
+        gate = None if self.g_proj is None else self.g_proj(hidden)[0]
+        run = self._fused if self.fused else self._apart
+        return self.o_proj(run(qkv, positions, gate, forward_batch))[0]
+
+    def _fused(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        gate: torch.Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Norm, rotary and cache write in one operation, attention and head gate in another."""
+        cache = cast(Step37AttentionBackend, get_attn_backend()).layer_cache(self.attn)
+        q = self.prologue(
+            qkv,
+            positions,
+            self.q_norm,
+            self.k_norm,
+            self.rotary.cos_sin_cache,
+            self.num_heads,
+            self.num_kv_heads,
+            self.eps,
+            cache.k_cache,
+            cache.v_cache,
+            cache.paging.new_slots,
+            cache.k_scale,
+            cache.v_scale,
+        )
+        return attend_cached(self.attend, q, cache, self.attn.scaling, gate)
+
+    def _apart(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        gate: torch.Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Norm and rotary, the chosen backend's own cache write and attention, then the gate."""
+        q, k, v = prologue(
             qkv,
             positions,
             self.q_norm,
@@ -101,16 +144,11 @@ class Attention(nn.Module):
             self.num_kv_heads,
             self.eps,
         )
-        q, k, v = q.flatten(1), k.flatten(1), v.flatten(1)
-        gate = None if self.g_proj is None else self.g_proj(hidden)[0]
-        if self.gate_in_backend:
-            output = self.attn(q, k, v, forward_batch, head_gate=gate)
-        else:
-            output = self.attn(q, k, v, forward_batch)
-            if gate is not None:
-                heads = output.view(-1, self.num_heads, self.head_dim)
-                output = (heads * gate.float().sigmoid().unsqueeze(-1)).to(q.dtype).flatten(1)
-        return self.o_proj(output)[0]
+        output = self.attn(q.flatten(1), k.flatten(1), v.flatten(1), forward_batch)
+        if gate is None:
+            return output
+        heads = output.view(-1, self.num_heads, self.head_dim)
+        return (heads * gate.float().sigmoid().unsqueeze(-1)).to(q.dtype).flatten(1)
 
     def set_cache_scale(self, which: str, scale: torch.Tensor) -> None:
         """Take a checkpoint's KV-cache scale ("k" or "v").

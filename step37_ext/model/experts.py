@@ -7,7 +7,9 @@ shard keeps the block scales it touches and the place in its first block where i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +79,21 @@ class RoutedExperts(nn.Module):
             self._new("w2", (experts, hidden, rows // 2), torch.uint8)
             self._new("w2_scale", (experts, hidden, rows // NVFP4_GROUP), torch.float8_e4m3fn)
             self._new("w2_global_scale", (experts,), torch.float32)
-        self.weights = self._bind()
+        self.weights: Any = self._bind()
+        self.prepared = False
+
+    def prepare(self, prepare: Callable[[ExpertWeights], Any]) -> None:
+        """Replace the weights by what `prepare` makes of them; the checkpoint's form is dropped.
+
+        One layer is held twice while this runs. The model cannot be loaded into again after it,
+        unless `prepare` keeps the weights as they are.
+        """
+        weights = prepare(self._bind())
+        if type(weights) is not type(self.weights):
+            for name in list(self._parameters):
+                self.register_parameter(name, None)
+            self.prepared = True
+        self.weights = weights
 
     def _new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), False))
@@ -104,7 +120,16 @@ class RoutedExperts(nn.Module):
         )
 
     def loaders(self) -> dict[str, Load]:
-        """What to do with each checkpoint tensor, by its name after `moe.`."""
+        """What to do with each checkpoint tensor, by its name after `moe.`.
+
+        Raises:
+            ValueError: the weights are in their kernels' form already.
+        """
+        if self.prepared:
+            raise ValueError(
+                "the experts' weights were laid out for their kernels when the model was loaded, "
+                "so it cannot take new weights; start the server again"
+            )
         loads: dict[str, Load] = {}
         for half, name in enumerate(("gate_proj", "up_proj")):
             loads |= self._gate_or_up(name, half)

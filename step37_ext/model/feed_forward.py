@@ -14,16 +14,14 @@ from step37_ext.model.load import Load, plain, whole
 from step37_ext.model.operations import OperationTable
 
 
-class MLP(nn.Module):
-    """Gate, up and down with the Step activation; also the shared expert."""
+class Projections(nn.Module):
+    """Gate, up and down of a gated MLP, cut over the ranks, and the activation's limit."""
 
     def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
         limit: float | None,
-        layer: int,
-        operations: OperationTable,
         prefix: str,
         reduce_results: bool,
     ) -> None:
@@ -39,12 +37,6 @@ class MLP(nn.Module):
             reduce_results=reduce_results,
             prefix=f"{prefix}.down_proj",
         )
-        self.activation = operations.choose("activation", layer, "bf16")
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[T, hidden]` to `[T, hidden]`: a rank's part, or the sum if `reduce_results`."""
-        gate_up, _ = self.gate_up_proj(hidden)
-        return self.down_proj(self.activation(gate_up, self.limit))[0]
 
     def loaders(self) -> dict[str, Load]:
         """What to do with each checkpoint tensor, by its name after the MLP's."""
@@ -54,6 +46,27 @@ class MLP(nn.Module):
             "up_proj.weight": lambda t: gate_up.weight_loader(gate_up, t, 1),
             "down_proj.weight": whole(self.down_proj.weight),
         }
+
+
+class MLP(Projections):
+    """The dense layers' feed-forward block: two GEMMs of SGLang's and the Step activation."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        limit: float | None,
+        layer: int,
+        operations: OperationTable,
+        prefix: str,
+    ) -> None:
+        super().__init__(hidden_size, intermediate_size, limit, prefix, reduce_results=True)
+        self.activation = operations.choose("activation", layer, "bf16")
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[T, hidden]` to `[T, hidden]`, summed over ranks."""
+        gate_up, _ = self.gate_up_proj(hidden)
+        return self.down_proj(self.activation(gate_up, self.limit))[0]
 
 
 class MoE(nn.Module):
@@ -92,17 +105,16 @@ class MoE(nn.Module):
             weights,
             torch.get_default_dtype(),
         )
-        self.share_expert = MLP(
+        self.share_expert = Projections(
             text.hidden_size,
             text.shared_intermediate,
             text.layers[layer].shared_limit,
-            layer,
-            operations,
             f"{prefix}.share_expert",
             reduce_results=False,
         )
         self.route = operations.choose("route", layer, "bf16")
         self.run_experts = operations.choose("experts", layer, weights)
+        self.run_shared = operations.choose("shared_expert", layer, "bf16")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[T, hidden]` to routed plus shared output `[T, hidden]`, summed over ranks."""
@@ -114,6 +126,12 @@ class MoE(nn.Module):
             self.text.router_scaling,
             self.text.router_renormalize,
         )
+        shared = self.run_shared(
+            hidden,
+            self.share_expert.gate_up_proj.weight,
+            self.share_expert.down_proj.weight,
+            self.share_expert.limit,
+        )
         output = self.run_experts(
             hidden,
             self.experts.weights,
@@ -121,8 +139,8 @@ class MoE(nn.Module):
             topk_ids,
             self.limit,
             self.experts.shard.first_expert,
+            shared=shared,
         )
-        output = output + self.share_expert(hidden)
         return tensor_model_parallel_all_reduce(output) if self.reduce else output
 
     def loaders(self) -> dict[str, Load]:
@@ -135,6 +153,10 @@ class MoE(nn.Module):
         for name, load in self.share_expert.loaders().items():
             loads[f"share_expert.{name}"] = load
         return loads
+
+    def prepare(self) -> None:
+        """Bring the routed experts' weights into the form that their kernels read."""
+        self.experts.prepare(self.run_experts.prepare)
 
     def _load_gate(self, tensor: torch.Tensor) -> None:
         self.gate = nn.Parameter(tensor.to(self.gate.device, copy=True), requires_grad=False)

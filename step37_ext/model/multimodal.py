@@ -78,6 +78,7 @@ class Step37ForConditionalGeneration(Step3p7ForConditionalGeneration):
             language.attentions(),
             language.dtype,
         ).run(weights, checkpoint_folder())
+        language.prepare()
 
     def _vision_loaders(self) -> dict[str, Load]:
         parts = {

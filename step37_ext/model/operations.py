@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from step37_kernels import dispatch
+from step37_kernels import dispatch, implementations  # noqa: F401  (makes the kernels known)
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class OperationTable:
 
     def choose(self, operation: str, layer: int, weights: str) -> dispatch.Implementation:
         """The implementation of `operation` for a layer whose weights are in format `weights`."""
-        target = dispatch.Target(self.target.device_type, self.target.capability, weights)
+        target = dataclasses.replace(self.target, weight_format=weights)
         chosen = dispatch.choose(operation, target)
         key = (operation, weights, chosen.name, chosen.reason)
         self._rows.setdefault(key, []).append(layer)

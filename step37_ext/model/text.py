@@ -25,8 +25,7 @@ from step37_ext.model.load import Load, whole
 from step37_ext.model.operations import OperationTable
 from step37_ext.model.weights import WeightLoader
 from step37_ext.quantization import Step37QuantConfig
-from step37_ext.server_facts import attention_backend_names, checkpoint_folder
-from step37_kernels.dispatch import Target
+from step37_ext.server_facts import attention_backend_names, checkpoint_folder, device_target
 
 
 class DecoderLayer(nn.Module):
@@ -64,7 +63,6 @@ class DecoderLayer(nn.Module):
                 layer,
                 operations,
                 f"{prefix}.mlp",
-                reduce_results=True,
             )
 
     def forward(
@@ -149,7 +147,9 @@ class Step37ForCausalLM(nn.Module):
         self.config, self.quant_config = config, quant_config
         self.text = TextShape.from_config(config)
         self.weight_format = "bf16" if quant_config is None else quant_config.weights
-        self.operations = OperationTable(device_target(self.weight_format))
+        self.operations = OperationTable(
+            device_target(torch.get_default_device(), self.weight_format, torch.get_default_dtype())
+        )
         self.model = TextModel(self.text, self.weight_format, self.operations)
         self.lm_head = ParallelLMHead(self.text.vocab_size, self.text.hidden_size)
         self.logits_processor = LogitsProcessor(config)
@@ -201,6 +201,13 @@ class Step37ForCausalLM(nn.Module):
         WeightLoader(
             self.text, None, self.weight_format, self.loaders(), self.attentions(), self.dtype
         ).run(weights, checkpoint_folder())
+        self.prepare()
+
+    def prepare(self) -> None:
+        """After loading: lay the experts' weights out for their kernels, layer by layer."""
+        for layer in self.model.decoder_layers():
+            if layer.moe is not None:
+                layer.moe.prepare()
 
     def attentions(self) -> list[Attention]:
         return [layer.self_attn for layer in self.model.decoder_layers()]
@@ -216,10 +223,3 @@ class Step37ForCausalLM(nn.Module):
             for name, load in layer.loaders().items():
                 loads[f"model.layers.{index}.{name}"] = load
         return loads
-
-
-def device_target(weights: str) -> Target:
-    """The device that modules are being built on."""
-    device = torch.get_default_device()
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return Target(device.type, capability, weights)

@@ -287,9 +287,9 @@ def _answer(request: Any, prompt: list[int], pixels: list[torch.Tensor], passes:
 
 def _record_cache(patch: pytest.MonkeyPatch) -> Stored:
     """What each call writes; later there may be something else in its place."""
-    from step37_ext import attention_backend
+    from step37_kernels.reference import attention
 
-    write = attention_backend.write_cache
+    write = attention.write_cache
     written: Stored = []
 
     def write_and_note(k, v, k_cache, v_cache, slots, *scales):
@@ -297,7 +297,7 @@ def _record_cache(patch: pytest.MonkeyPatch) -> Stored:
         keys, values = (cache.view(torch.uint8)[slots.long()] for cache in (k_cache, v_cache))
         written.append((keys, values))
 
-    patch.setattr(attention_backend, "write_cache", write_and_note)
+    patch.setattr(attention, "write_cache", write_and_note)
     return written
 
 

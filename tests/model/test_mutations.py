@@ -47,8 +47,9 @@ def routed_clamp_before_silu(patch: pytest.MonkeyPatch, layer: Any) -> None:
 
 
 def shared_clamp_before_silu(patch: pytest.MonkeyPatch, layer: Any) -> None:
-    if layer.moe is not None:
-        patch.setattr(layer.moe.share_expert, "activation", clamped_before_silu)
+    from step37_kernels.reference import shared_expert
+
+    patch.setattr(shared_expert, "swiglu_step", clamped_before_silu)
 
 
 def window_longer(patch: pytest.MonkeyPatch, layer: Any, by: int) -> None:

@@ -41,7 +41,7 @@ def test_choose_asks_for_the_layers_own_format(monkeypatch: pytest.MonkeyPatch) 
 
     def choose(operation: str, target: dispatch.Target) -> dispatch.Implementation:
         asked.append((operation, target))
-        return dispatch.Implementation("some", operation, "why", print)
+        return dispatch.Implementation("some", operation, "why", print, lambda weights: weights)
 
     monkeypatch.setattr(dispatch, "choose", choose)
     on_cpu().choose("activation", 3, "bf16")
