@@ -10,11 +10,19 @@ from typing import get_args
 import click
 
 from step37_ext.checkpoint.weight_format import WeightFormat
+from step37_ext.deploy.cli import command_command, serve_command_
+from step37_ext.quantize.command import quantize_command
 
 
 @click.group()
+@click.version_option(package_name="step37-ext")
 def main() -> None:
     """Step-3.7-Flash in SGLang."""
+
+
+main.add_command(command_command)
+main.add_command(serve_command_)
+main.add_command(quantize_command)
 
 
 @main.command("make-tiny")

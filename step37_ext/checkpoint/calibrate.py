@@ -15,7 +15,7 @@ from transformers.models.step3p7.modeling_step3p7 import (
 )
 
 from step37_ext.checkpoint.oracle import Example, hidden_states
-from step37_ext.checkpoint.release_layout import Calibration
+from step37_ext.checkpoint.release_layout import Calibration, filled
 from step37_ext.checkpoint.spec import TinySpec
 
 
@@ -51,11 +51,7 @@ def routed_activations(
 def calibrate(
     spec: TinySpec, model: Step3p7ForConditionalGeneration, examples: list[Example]
 ) -> Calibration:
-    """Run `examples` through `model` and note the largest magnitudes.
-
-    An expert that no token was routed to gets the largest of its layer, as there is no better
-    guess; ModelOpt does the same.
-    """
+    """Run `examples` through `model` and note the largest magnitudes."""
     k, v = torch.zeros(spec.layers), torch.zeros(spec.layers)
     inputs = torch.zeros(len(spec.moe_layers), spec.experts)
     products = torch.zeros_like(inputs)
@@ -82,8 +78,4 @@ def calibrate(
                 example.features,
                 past_key_values=_AmaxCache(text.config, k, v),
             )
-    return Calibration(k, v, _filled(inputs), _filled(products))
-
-
-def _filled(amax: Tensor) -> Tensor:
-    return torch.where(amax > 0, amax, amax.amax(1, keepdim=True))
+    return Calibration(k, v, filled(inputs), filled(products))

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from step37_ext.checkpoint.release_layout import nvfp4_name, unquantized_modules
+from step37_ext.checkpoint.release_layout import (
+    Depth,
+    Shapes,
+    nvfp4_name,
+    tensor_shapes,
+    unquantized_modules,
+)
 from step37_ext.checkpoint.spec import TinySpec
 from step37_ext.checkpoint.tokenizer import (
     CHAT_TEMPLATE,
@@ -30,7 +36,7 @@ def write_files(folder: Path, spec: TinySpec, weight_format: WeightFormat) -> No
     patch_id, end_id = ids["<im_patch>"], ids[TURN_END]
     config = model_config(spec, image_token_id=patch_id, eos_token_ids=[1, 2, end_id])
     if weight_format == "fp8":
-        config["quantization_config"] = fp8_config(spec)
+        config["quantization_config"] = fp8_config(tensor_shapes(spec))
     if weight_format == "nvfp4":
         config["quantization_config"] = nvfp4_config(spec)
         write_json(folder / "hf_quant_config.json", nvfp4_legacy_config(spec))
@@ -69,18 +75,22 @@ def model_config(
     }
 
 
-def fp8_config(spec: TinySpec) -> dict[str, Any]:
-    """`quantization_config` of the FP8 release: 128x128 blocks on routed experts only."""
+def fp8_config(shapes: Shapes) -> dict[str, Any]:
+    """`quantization_config` of the FP8 release: 128x128 blocks on routed experts only.
+
+    Args:
+        shapes: of every tensor of the BF16 checkpoint, by name.
+    """
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": unquantized_modules(spec),
+        "modules_to_not_convert": unquantized_modules(shapes),
     }
 
 
-def _nvfp4_excluded(spec: TinySpec) -> list[str]:
+def _nvfp4_excluded(spec: Depth) -> list[str]:
     """Patterns of what ModelOpt left alone; `*` matches any rest of a name, dots included."""
     patterns = ["lm_head"]
     for layer in range(spec.layers + spec.mtp_layers):
@@ -92,13 +102,18 @@ def _nvfp4_excluded(spec: TinySpec) -> list[str]:
     return [*patterns, "model.vision_model*", "model.vit_large_projector"]
 
 
-def nvfp4_config(spec: TinySpec) -> dict[str, Any]:
-    """`quantization_config` of config.json as ModelOpt's exporter writes it for NVFP4."""
+def nvfp4_config(spec: Depth, *, fp8_cache: bool = True) -> dict[str, Any]:
+    """`quantization_config` of config.json as ModelOpt's exporter writes it for NVFP4.
+
+    Args:
+        fp8_cache: whether the checkpoint has scales for an FP8 KV cache.
+    """
+    eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
     four_bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     return {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
-        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "kv_cache_scheme": eight_bits if fp8_cache else None,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -111,13 +126,13 @@ def nvfp4_config(spec: TinySpec) -> dict[str, Any]:
     }
 
 
-def nvfp4_legacy_config(spec: TinySpec) -> dict[str, Any]:
+def nvfp4_legacy_config(spec: Depth, *, fp8_cache: bool = True) -> dict[str, Any]:
     """hf_quant_config.json, the older file that ModelOpt writes beside config.json."""
     return {
         "producer": {"name": "step37_ext"},
         "quantization": {
             "quant_algo": "NVFP4",
-            "kv_cache_quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8" if fp8_cache else None,
             "group_size": 16,
             "exclude_modules": _nvfp4_excluded(spec),
         },

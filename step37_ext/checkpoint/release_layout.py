@@ -8,8 +8,9 @@ ModelOpt, `model.language_model.*`, except for the MTP layers and the head.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -26,9 +27,22 @@ _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 
 
+class Depth(Protocol):
+    """How many decoder layers a model has, which of them have routed experts, and MTP layers."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def mtp_layers(self) -> int: ...
+
+    @property
+    def moe_layers(self) -> Sequence[int]: ...
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Largest magnitudes seen on the dialogues; what ModelOpt's static scales are made from.
+    """Largest magnitudes seen on some text; what ModelOpt's static scales are made from.
 
     Args:
         k, v: fp32 [layers], of the keys (after rotary) and values that enter the KV cache.
@@ -40,6 +54,19 @@ class Calibration:
     v: Tensor
     expert_input: Tensor
     expert_product: Tensor
+
+
+def filled(amax: Tensor) -> Tensor:
+    """[moe layers, experts] with the largest of its layer where no token was routed.
+
+    There is no better guess; ModelOpt does the same.
+    """
+    return torch.where(amax > 0, amax, amax.amax(1, keepdim=True))
+
+
+def is_routed_expert(name: str) -> bool:
+    """Whether a BF16 checkpoint's `name` is a stack of routed experts: all that is quantised."""
+    return _ROUTED_EXPERT.fullmatch(name) is not None
 
 
 def tensor_shapes(spec: TinySpec) -> Shapes:
@@ -159,7 +186,7 @@ def in_format(
         )
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        expert = _ROUTED_EXPERT.fullmatch(name)
+        expert = is_routed_expert(name)
         if expert and weight_format == "fp8":
             tensors |= _fp8_expert(name, weight.bfloat16())
         elif expert and weight_format == "nvfp4":
@@ -169,7 +196,7 @@ def in_format(
     if weight_format == "nvfp4":
         if calibration is None:
             raise ValueError("calibration is None: NVFP4 needs one for its static scales")
-        tensors |= _static_scales(spec, calibration)
+        tensors |= static_scales(spec, calibration)
         tensors = {nvfp4_name(name, spec): tensor for name, tensor in tensors.items()}
     return tensors
 
@@ -193,8 +220,11 @@ def _nvfp4_expert(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _static_scales(spec: TinySpec, calibration: Calibration) -> dict[str, Tensor]:
-    """KV-cache scales amax / 448 and expert `input_scale` amax / (6 * 448), all fp32."""
+def static_scales(spec: Depth, calibration: Calibration) -> dict[str, Tensor]:
+    """KV-cache scales amax / 448 and expert `input_scale` amax / (6 * 448), all fp32.
+
+    Names as in a BF16 checkpoint.
+    """
     scales: dict[str, Tensor] = {}
     for layer in range(spec.layers):
         attention = f"model.layers.{layer}.self_attn"
@@ -212,7 +242,7 @@ def _static_scales(spec: TinySpec, calibration: Calibration) -> dict[str, Tensor
     return {name: scale.float().clone() for name, scale in scales.items()}
 
 
-def nvfp4_name(name: str, spec: TinySpec) -> str:
+def nvfp4_name(name: str, spec: Depth) -> str:
     """The name that an NVFP4 checkpoint gives to the tensor or module that BF16 calls `name`."""
     if name.startswith(("vision_model", "vit_large_projector")):
         return f"model.{name}"
@@ -222,14 +252,13 @@ def nvfp4_name(name: str, spec: TinySpec) -> str:
     return re.sub(r"^model\.", "model.language_model.", name)
 
 
-def unquantized_modules(spec: TinySpec) -> list[str]:
-    """Module names, as in a BF16 checkpoint, of every matrix that is never quantised."""
-    shapes = tensor_shapes(spec)
+def unquantized_modules(shapes: Shapes) -> list[str]:
+    """Module names of every matrix of a BF16 checkpoint's `shapes` that is never quantised."""
     return sorted(
         name.removesuffix(".weight")
         for name, shape in shapes.items()
         if name.endswith(".weight")
         and len(shape) == 2
         and not name.startswith(("vision_model", "vit_large_projector"))
-        and not _ROUTED_EXPERT.fullmatch(name)
+        and not is_routed_expert(name)
     ) + ["vision_model", "vit_large_projector"]
