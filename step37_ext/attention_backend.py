@@ -178,7 +178,7 @@ class Step37AttentionBackend(AttentionBackend):
         return (slots[:, :: self.page_size] // self.page_size).int()
 
     def _longest(self, forward_batch: ForwardBatch) -> int:
-        """The longest sequence, of the lengths that SGLang has on the host: nothing is waited for."""
+        """The longest sequence, of the lengths that SGLang has on the host: no wait."""
         lengths = forward_batch.seq_lens_cpu
         lengths = forward_batch.seq_lens if lengths is None else lengths
         return int(lengths.max()) if lengths.numel() else 0

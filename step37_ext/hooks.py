@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from step37_ext.start_checks import (
     check_config,
     check_refused_arguments,
     check_tensors,
+    chosen_attention_backends,
     default_attention_backend,
 )
+from step37_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 MODEL_IMPL = "step37"
 
@@ -41,8 +44,10 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not is_ours(cfg):
         return
     check_refused_arguments(cfg)
-    # Some reference operations read numbers on the host, which no graph can record.
-    defaults: dict[str, Any] = {"disable_cuda_graph": True}
+    defaults: dict[str, Any] = graph_defaults(cfg.device)
+    backend = default_attention_backend(cfg)
+    if backend is not None and cfg.device != "cpu" and not chosen_attention_backends(cfg):
+        defaults["attention_backend"] = backend
     if cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
         defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
@@ -54,11 +59,22 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_tensors(folder, checked)
 
 
+def graph_defaults(device: str) -> dict[str, Any]:
+    """Which CUDA graphs a start gets.
+
+    The kernels can be recorded; some reference operations read numbers on the host, which no graph
+    can. Prefill's graphs would need tables that this attention backend does not keep.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    kernels = device == "cuda" and forced in (None, "", "triton")
+    return {"disable_prefill_cuda_graph": True} if kernels else {"disable_cuda_graph": True}
+
+
 def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution step: our attention backend on a CPU, where SGLang does not ask the platform."""
     cfg = resolving_view(server_args)
     backend = default_attention_backend(cfg) if is_ours(cfg) else None
-    if backend is not None and cfg.attention_backend is None:
+    if backend is not None and cfg.device == "cpu" and cfg.attention_backend is None:
         declare_resolution(server_args, MODEL_IMPL, attention_backend=backend)
     previous(server_args)
 

@@ -46,7 +46,7 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("enable_lora", "--enable-lora", (False, None)),
     ("enable_eplb", "--enable-eplb", (False, None)),
     ("enable_layernorm_sp", "--enable-layernorm-sp", (False, None)),
-    ("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled")),
+    ("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled", "full")),
     ("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill", (None, "disabled")),
 )
 
@@ -86,8 +86,21 @@ def check_refused_arguments(config: Any) -> None:
 
 
 def default_attention_backend(config: Any) -> str | None:
-    """What stands in for a backend that the user did not choose: ours on a CPU, else SGLang's."""
-    return ATTENTION_BACKEND if config.device == "cpu" else None
+    """What stands in for a backend that the user did not choose: ours, which verifies no drafts."""
+    if config.device == "cpu":
+        return ATTENTION_BACKEND
+    drafts = config.speculative_algorithm is not None
+    return ATTENTION_BACKEND if config.device == "cuda" and not drafts else None
+
+
+def chosen_attention_backends(config: Any) -> tuple[str, ...]:
+    """The attention backends that the user named, for all, for prefill and for decode."""
+    names = (
+        config.attention_backend,
+        config.prefill_attention_backend,
+        config.decode_attention_backend,
+    )
+    return tuple(name for name in names if name)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ class Arguments(SimpleNamespace):
                 "revision": None,
                 "device": "cpu",
                 "attention_backend": None,
+                "prefill_attention_backend": None,
+                "decode_attention_backend": None,
+                "speculative_algorithm": None,
                 "model_loader_extra_config": "{}",
             }
             | fields
@@ -110,6 +113,23 @@ def test_defaults_of_a_start(resolve):
     chosen = resolve(hooks.check_start, model_loader_extra_config=users)
     assert "model_loader_extra_config" not in chosen
     assert resolve(hooks.check_start, model_impl="auto") == {}
+
+
+def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch):
+    monkeypatch.delenv("STEP37_IMPL", raising=False)
+    streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
+    kernels = {"disable_prefill_cuda_graph": True, "attention_backend": "step37"}
+    assert resolve(hooks.check_start, device="cuda") == kernels | streaming
+    monkeypatch.setenv("STEP37_IMPL", "reference")
+    assert resolve(hooks.check_start, device="cuda")["disable_cuda_graph"] is True
+
+
+@pytest.mark.parametrize("which", ["", "prefill_", "decode_"])
+def test_a_user_s_attention_backend_wins(resolve, which):
+    chosen = resolve(hooks.check_start, device="cuda", **{f"{which}attention_backend": "fa3"})
+    assert "attention_backend" not in chosen
+    drafting = resolve(hooks.check_start, device="cuda", speculative_algorithm="EAGLE")
+    assert "attention_backend" not in drafting
 
 
 def test_attention_backend_on_a_cpu(resolve):

@@ -1,6 +1,6 @@
-"""Run SGLang's offline engine once: MODEL PROMPT_IDS ARGUMENTS to greedy tokens and logprobs.
+"""Run SGLang's offline engine once: MODEL PROMPT_IDS ARGUMENTS [NEW_TOKENS] to greedy tokens.
 
-Prompt, arguments (those of `sglang.Engine`) and what is printed are JSON.
+Prompt, arguments (those of `sglang.Engine`) and what is printed, tokens and logprobs, are JSON.
 """
 
 import json
@@ -9,22 +9,25 @@ import sys
 import sglang
 
 
-def main(model: str, prompt: str, arguments: str) -> None:
-    engine = sglang.Engine(
-        model_path=model,
-        model_impl="step37",
-        device="cpu",
-        dtype="float32",
-        max_total_tokens=4096,
-        mem_fraction_static=0.3,
-        skip_server_warmup=True,
-        log_level="error",
-        **json.loads(arguments),
-    )
+def main(model: str, prompt: str, arguments: str, new_tokens: str = "16") -> None:
+    defaults = {
+        "model_impl": "step37",
+        "device": "cpu",
+        "dtype": "float32",
+        "max_total_tokens": 4096,
+        "mem_fraction_static": 0.3,
+        "skip_server_warmup": True,
+        "log_level": "error",
+    }
+    engine = sglang.Engine(model_path=model, **(defaults | json.loads(arguments)))
     try:
         result = engine.generate(
             input_ids=json.loads(prompt),
-            sampling_params={"temperature": 0, "max_new_tokens": 16, "ignore_eos": True},
+            sampling_params={
+                "temperature": 0,
+                "max_new_tokens": int(new_tokens),
+                "ignore_eos": True,
+            },
             return_logprob=True,
         )
     finally:
