@@ -27,6 +27,8 @@ EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
 SHARDS = ((1280, 0), (640, 0), (320, 64), (160, 96))
 """(N, where it begins in a block) at TP = 1, 2, 4, 8."""
 PRODUCTS = "as long as the products take, rows / 16, and a tenth more for what is not in the loop"
+NO_STORES = tuple(opcode for opcode in LOOP_FORBIDS if opcode != "STS")
+"""For loops that hand something small through shared memory on purpose."""
 DECODE, PREFILL = (1, 64), (768, 1536, 8192)
 """Tokens; 768, 1536 and 8192 are 21, 43 and 228 rows an expert: the larger blocks."""
 
@@ -59,13 +61,16 @@ def _limits(
     name: str, tile: GemmTile, columns: int, arch: int, per_unit: float, reason: str
 ) -> Limits:
     """What a loop over `columns` columns has to keep to."""
+    forbidden = LOOP_FORBIDS
+    if name.endswith("_fp8_kernel") and tile.block_rows >= 64:
+        forbidden = NO_STORES  # the token scales, 256 numbers, change layout through shared memory
     core = ("QGMMA", "UTCQMMA") if name.endswith("_fp8_kernel") else ("HGMMA", "UTCHMMA")
     return Limits(
         reason,
         tensor_core=core[arch >= 100],
         units=tile.block_n * tile.block_k,
         per_unit=per_unit,
-        loop_forbids=LOOP_FORBIDS,
+        loop_forbids=forbidden,
         async_copies=True,
         bytes_in_flight=BYTES_IN_FLIGHT,
         unrolled_units=tile.block_n * columns,
@@ -178,13 +183,12 @@ def _shared(arch: int, tokens: int, size: int) -> Case:
         }
     if chosen.parts > 1:
         # Two to eight fp32 sums of each channel are read and added beside the weights.
-        # The activated sums pass through shared memory as the right operand.
-        no_stores = tuple(opcode for opcode in LOOP_FORBIDS if opcode != "STS")
-        # Its 1 to 10 steps are mostly in flight before the first is multiplied.
+        # The activated sums pass through shared memory as the right operand. Its 1 to
+        # 10 steps are mostly in flight before the first is multiplied.
         limits[down] = replace(
             limits[down],
             per_unit=15.5,
-            loop_forbids=no_stores,
+            loop_forbids=NO_STORES,
             bytes_in_flight=None,
             reason="seven eighths of 17.7",
         )

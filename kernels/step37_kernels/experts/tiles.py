@@ -116,6 +116,8 @@ def _nvfp4_tile(block_rows: int, rows: int, columns: int, blocks: int, arch: int
     fills = rows // 128 * blocks >= _SM_COUNT.get(arch, 148)
     block_n = 128 if rows % 128 == 0 and fills else 64
     if not _warpgroup_products(arch):
+        # Tokens are an operand in registers as well: 64 of them beside 128 x 128 weights spill.
+        block_n = 64 if block_rows == 64 and block_k == 128 else block_n
         return GemmTile(block_rows, block_n, block_k, num_warps=4, num_stages=3)
     if arch >= 100 and block_k == 64:
         block_n = 64  # no Triton from 3.6 to 3.8 compiles 128 x 64 for sm_100
