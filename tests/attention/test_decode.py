@@ -128,6 +128,18 @@ def test_queries_beyond_fp16_saturate(device) -> None:
     torch.testing.assert_close(out[0, 0].float(), winner)  # gaps of scores are enormous too
 
 
+@pytest.mark.parametrize("dtype", [BF16, E4M3])
+def test_improbable_keys_count(device, dtype) -> None:
+    """127 keys of probability 2^-26, which fp16 itself would lose, beside one whose value is 0."""
+    k, v = torch.full((128, 1, D), -26.0), torch.ones(128, 1, D)
+    k[40], v[40] = 0.0, 0.0
+    args = (torch.ones(1, 1, D).bfloat16(), k.to(dtype), v.to(dtype), torch.arange(128)[None].int())
+    args = [t.to(device) for t in (*args, torch.tensor([128]))]
+    out = decode(*args, 0.6931471805599453 / D, None, 1).cpu().float()  # scores in powers of two
+    rest = 127 * 2.0**-26
+    torch.testing.assert_close(out, torch.full((1, D), rest / (1 + rest)), rtol=2.0**-7, atol=0)
+
+
 @pytest.mark.parametrize("logit", [-30.0, 0.0, 30.0])
 def test_gates(device, logit: float) -> None:
     batch = Batch(BF16, 16, 8, 1, [20])

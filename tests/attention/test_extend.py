@@ -30,7 +30,7 @@ def bits(out: torch.Tensor) -> torch.Tensor:
         make_batch(RAGGED, BF16, 8, 1, None, 1),
         make_batch(RAGGED, BF16, 12, 1, 512, 32, gated=True),
         make_batch([(0, 0), (0, 5), (70, 11)], E4M3, 8, 8, None, 32),
-        make_batch([(40, 9), (600, 11)], E4M3, 12, 4, 512, 1),
+        make_batch([(40, 9), (600, 11)], E4M3, 12, 4, 512, 1, gated=True),
         make_batch([(0, 9), (30, 40)], BF16, 12, 2, 5, 16),
         make_batch([(0, 9), (30, 40)], E4M3, 8, 2, 1, 16),
     ],
@@ -190,7 +190,7 @@ def test_gates(device, logit: float) -> None:
 
 
 def test_faults_that_only_the_device_sees(device) -> None:
-    batch = make_batch([(40, 5), (40, 5), (40, 5)])
+    batch = make_batch([(43, 5), (43, 5), (43, 5)])
     clean = batch.run(device)
     # The cache is the middle of a larger buffer of NaN: reading outside of it would show.
     for name in ("k_cache", "v_cache"):
@@ -204,11 +204,20 @@ def test_faults_that_only_the_device_sees(device) -> None:
     out = batch.run(device)
     assert out.isfinite().all() and torch.equal(bits(out[10:]), bits(clean[10:]))
 
-    batch = make_batch([(40, 5), (40, 5), (40, 5)])
-    batch.seq_lens[0] = 1000  # past its row of the table
+    batch = make_batch([(43, 5), (43, 5), (43, 5)])
+    # Past its row of the table, where a wider table goes on with a page of NaN.
+    nowhere = (set(range(pages)) - set(batch.page_table.flatten().tolist())).pop()
+    wide = torch.full((3, 200), nowhere, dtype=torch.int32)
+    wide[:, : batch.page_table.shape[1]] = batch.page_table
+    batch.page_table = wide.to(device)[:, : batch.page_table.shape[1]]
+    batch.seq_lens[0] = 1000
     batch.seq_lens[1] = 2  # fewer keys than queries
     out = batch.run(device)
-    assert (out[5:8] == 0).all() and torch.equal(bits(out[10:]), bits(clean[10:]))
+    assert (
+        (out[5:8] == 0).all()
+        and out.isfinite().all()
+        and torch.equal(bits(out[10:]), bits(clean[10:]))
+    )
     batch.query_lens[2] = 2**30  # more queries than there are
     batch.query_lens[1] = -3
     batch.run(device)

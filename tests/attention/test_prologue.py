@@ -102,10 +102,13 @@ def test_is_the_reference(device, heads, kv_heads, rotary, dtype, tokens) -> Non
 
 
 def test_every_bf16_value_becomes_the_references_code(device) -> None:
-    """v over all 65,536 bf16 values; the scales make exact ties and quotients beside ties."""
+    """v over all 65,536 bf16 values, in two launches.
+
+    With 1/4 there are exact ties, with 196/448 quotients that only a correct rounding makes ties.
+    """
     inputs = Inputs(device, SLOTS, 8, 8, 128)
     values = torch.arange(65536, dtype=torch.int32).short().view(BF16).view(64, 8, D)
-    for part, scale in ((values[:48], 0.25), (values[16:], float(torch.tensor(211.0) / 448))):
+    for part, scale in ((values[:48], 0.25), (values[16:], float(torch.tensor(196.0) / 448))):
         inputs.qkv[:, 16 * D : 24 * D] = part.reshape(SLOTS, -1)
         inputs.scales = 1.0, scale
         cache = inputs.cache(E4M3)
