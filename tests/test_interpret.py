@@ -47,6 +47,13 @@ def _multiply_kernel(a, b, out, SIZE: tl.constexpr):
     tl.store(out + at, tl.load(a + at) * tl.load(b + at))
 
 
+@triton.jit
+def _remainder_kernel(a, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x = tl.load(a + at)
+    tl.store(out + at, tl.fma(x, x, -(x * x)))
+
+
 def _same_bits(ours: torch.Tensor, expected: torch.Tensor) -> bool:
     both_nan = ours.float().isnan() & expected.float().isnan()
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.dtype.itemsize]
@@ -84,6 +91,14 @@ def test_bf16_arithmetic_rounds_once_and_keeps_subnormals() -> None:
     out = torch.empty_like(a)
     _multiply_kernel[(1,)](a, b, out, 65536)
     assert _same_bits(out, (a.float() * 1.5).bfloat16())
+
+
+def test_fma_rounds_once() -> None:
+    a = torch.rand(1024, generator=torch.manual_seed(0)) + 1
+    out = torch.empty_like(a)
+    _remainder_kernel[(1,)](a, out, 1024)
+    exact = a.double() * a.double() - (a * a).double()
+    assert torch.equal(out, exact.float()) and (out != 0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])

@@ -223,3 +223,26 @@ def test_errors_name_what_is_wrong():
         write_cache(k, v, *cache, page_table[0, :5], 1.0, 1.0)
     with pytest.raises(ValueError, match=r"qkv has shape \[1, 9\], expected \[any, 40\]"):
         prologue(torch.zeros(1, 9), six[:1], torch.zeros(4), torch.zeros(4), k, 6, 2, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_draft_in_a_tree_sees_its_path(window):
+    """Each draft is what it would be at the end of a sequence that holds its path only."""
+    parents, length = (-1, 0, 0, 1, -1), 20
+    mask = torch.eye(5, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        mask[node] |= mask[parent] if parent >= 0 else mask[node]
+    q, k, v, cache, page_table = one_sequence(length)
+    write_cache(k, v, *cache, page_table[0], 1.0, 1.0)
+    lens = torch.tensor([length]), torch.tensor([5])
+    drafts = q[length - 5 :]
+    out = attend(drafts, *cache, page_table, *lens, 1.0, window, tree_mask=mask[None])
+    for node in range(5):
+        seen = torch.cat([torch.ones(length - 5, dtype=torch.bool), mask[node]])
+        path = page_table[:, seen]
+        lens = torch.tensor([path.shape[1]]), torch.tensor([1])
+        alone = attend(drafts[node : node + 1], *cache, path, *lens, 1.0, window)
+        torch.testing.assert_close(out[node : node + 1], alone, **CLOSE)
+    with pytest.raises(ValueError, match="query_lens are .4., expected .B, n, n. and n each"):
+        four = torch.tensor([length]), torch.tensor([4])
+        attend(q[:4], *cache, page_table, *four, 1.0, None, tree_mask=mask[None])
