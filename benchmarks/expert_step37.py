@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ from benchmarks.shapes import EXPERTS, HIDDEN, ROUTER_SCALING, TOP_K
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights
 from step37_kernels.reference.experts import experts as reference_experts
 from step37_kernels.reference.route import route as reference_route
+
+
+@cache
+def _input_scales(device: torch.device) -> tuple[Tensor, Tensor]:
+    """NVFP4 global scales for hidden states and intermediates that stay within 6."""
+    scale = torch.full((), 1 / 448, device=device)
+    return scale, scale
 
 
 class Step37Experts(ExpertSubject):
@@ -69,10 +77,10 @@ class Step37Experts(ExpertSubject):
         return fp8 + (2.0**-4 if cell.settings["format"] == "nvfp4" else 0.0)
 
     def convert(self, raw: ExpertWeights, cell: Cell) -> Any:
-        return self._layer.prepare(raw)
+        return self._layer.prepare(raw, str(cell.settings["activations"]))
 
     def run(self, weights: Any, batch: Batch, cell: Cell, shared: Tensor | None = None) -> Tensor:
-        activations = cell.settings["activations"]
+        activations = str(cell.settings["activations"])
         return self._layer.experts(
             batch.hidden,
             weights,
@@ -82,6 +90,7 @@ class Step37Experts(ExpertSubject):
             first_expert=SHARDS[str(cell.settings["parallel"])].first_expert,
             activations="same" if activations == "bf16" else activations,
             shared=shared,
+            input_scales=_input_scales(batch.hidden.device) if activations == "nvfp4" else None,
         )
 
     def prepare(self, cell: Cell) -> Any:

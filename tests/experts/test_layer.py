@@ -190,6 +190,17 @@ def test_bad_input_is_refused_before_a_launch(device: torch.device) -> None:
     assert not [name for name in launches if not name.startswith("sort")]
 
 
+def test_weights_that_cannot_be_served_are_refused_at_load(device: torch.device) -> None:
+    weights = to(make_weights("fp8", 2, 128, 64), device)
+    weights.w2.view(torch.uint8)[1, 5, 7] = 0x7F
+    with pytest.raises(ValueError, match="w2 of expert 1 holds NaN"):
+        prepare(weights)
+    weights = to(make_weights("nvfp4", 2, 128, 64), device)
+    weights.w13_scale.view(torch.uint8)[0, 3, 1] = 0xFF
+    with pytest.raises(ValueError, match="NaN"):
+        prepare(weights)
+
+
 def test_debug_names_the_token_with_a_wrong_id(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

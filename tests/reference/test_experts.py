@@ -207,6 +207,21 @@ def test_fp8_groups_of_the_intermediate_are_the_weights_blocks():
     assert not torch.allclose(got, from_zero @ weights.down(0, x.dtype).T, rtol=1e-3, atol=1e-3)
 
 
+def test_nvfp4_activations_round_hidden_and_intermediate():
+    torch.manual_seed(0)
+    weights = BF16Experts(torch.randn(2, 32, K) * K**-0.5, torch.randn(2, K, 16))
+    hidden, ones = torch.randn(5, K), torch.ones(5, 1)
+    ids = torch.zeros(5, 1, dtype=torch.int32)
+    scales = (torch.tensor(0.002), torch.tensor(0.001))
+    got = experts(hidden, weights, ones, ids, 0.5, activations="nvfp4", input_scales=scales)
+    x = nvfp4.quantize(hidden, scales[0]).dequantize(torch.float32)
+    middle = swiglu_step(x @ weights.w13[0].T, 0.5)
+    middle = nvfp4.quantize(middle, scales[1]).dequantize(torch.float32)
+    torch.testing.assert_close(got, middle @ weights.w2[0].T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="input_scales is None"):
+        experts(hidden, weights, ones, ids, None, activations="nvfp4")
+
+
 def test_the_shared_expert_is_added_before_rounding():
     hidden, weights = (
         torch.randn(3, K).bfloat16(),
@@ -248,5 +263,7 @@ def test_errors_name_what_is_wrong():
         experts(torch.zeros(2, 9), weights, topk, ids, None)
     with pytest.raises(ValueError, match=r"topk_ids has shape \[1, 1\], expected \[2, 1\]"):
         experts(torch.zeros(2, 8), weights, topk, ids[:1], None)
-    with pytest.raises(ValueError, match="activations is 'int8', expected 'same' or 'fp8'"):
+    with pytest.raises(
+        ValueError, match="activations is 'int8', expected 'same', 'fp8' or 'nvfp4'"
+    ):
         experts(torch.zeros(2, 8), weights, topk, ids, None, activations="int8")

@@ -32,8 +32,12 @@ def attend(
     Raises:
         ValueError: see `decode` and `extend`.
     """
-    batch = (k_cache, v_cache, page_table, seq_lens)
-    scales = {"k_scale": k_scale, "v_scale": v_scale, "head_gate": head_gate}
     if query_lens is None:
-        return decode(q, *batch, softmax_scale, window, page_size, **scales)
-    return extend(q, *batch, query_lens, softmax_scale, window, page_size, **scales)
+        return decode(
+            q, k_cache, v_cache, page_table, seq_lens, softmax_scale, window, page_size,
+            k_scale, v_scale, head_gate,
+        )  # fmt: skip
+    return extend(
+        q, k_cache, v_cache, page_table, seq_lens, query_lens, softmax_scale, window, page_size,
+        k_scale, v_scale, head_gate,
+    )  # fmt: skip

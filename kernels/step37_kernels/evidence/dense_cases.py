@@ -61,7 +61,7 @@ def _limits(
     name: str, tile: GemmTile, columns: int, arch: int, per_unit: float, reason: str
 ) -> Limits:
     """What a loop over `columns` columns has to keep to."""
-    forbidden = LOOP_FORBIDS
+    forbidden: tuple[str, ...] = LOOP_FORBIDS
     if name.endswith("_fp8_kernel") and tile.block_rows >= 64:
         forbidden = NO_STORES  # the token scales, 256 numbers, change layout through shared memory
     core = ("QGMMA", "UTCQMMA") if name.endswith("_fp8_kernel") else ("HGMMA", "UTCHMMA")

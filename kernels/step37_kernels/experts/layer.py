@@ -25,6 +25,7 @@ from step37_kernels.experts import (
 )
 from step37_kernels.experts.activations import Form, quantize
 from step37_kernels.experts.combine import combine
+from step37_kernels.experts.fp8_blocks import refuse_nan
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.sort import sort, sort_and_prepare
 from step37_kernels.formats.nvfp4_tiles import NVFP4Tiles
@@ -58,10 +59,13 @@ def prepare(weights: ExpertWeights, activations: str = "same") -> PreparedExpert
         activations: as of `experts`; the FP4 x FP4 product reads NVFP4 as it is.
 
     Raises:
-        ValueError: a weight cannot be served, for example a block scale that is NaN.
+        ValueError: a weight cannot be served: an FP8 code or an NVFP4 block scale that is NaN.
     """
-    laid_out = isinstance(weights, NVFP4Experts) and activations != "nvfp4"
-    return NVFP4Tiles.pack(weights) if laid_out else weights
+    if isinstance(weights, NVFP4Experts) and activations != "nvfp4":
+        return NVFP4Tiles.pack(weights)
+    if isinstance(weights, FP8Experts):
+        refuse_nan(weights)
+    return weights
 
 
 def experts(
