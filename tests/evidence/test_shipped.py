@@ -1,4 +1,4 @@
-"""Every shipped configuration keeps to the limits of its machine code."""
+"""Every kernel keeps to the limits of its machine code, at both ends of its shapes."""
 
 from __future__ import annotations
 

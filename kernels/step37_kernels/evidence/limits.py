@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from step37_kernels.arch import assumed_arch
 from step37_kernels.evidence.machine_code import ALU, Kernel, Loop, compile_launches
+from step37_kernels.launch import observed
 
 BYTES_IN_FLIGHT = 32 * 1024
 """Little's law for an H100: 3.35 TB/s x 700 ns / 132 SMs is 18 KB at the least; near twice that."""
@@ -72,6 +74,14 @@ class Finding:
     arch: int
     figures: dict[str, Any]
     faults: list[str]
+
+
+def launched(case: Case) -> list[str]:
+    """Names of the kernels that a case launches; nothing is compiled."""
+    names: list[str] = []
+    with observed(lambda called: names.append(called.name), runs=False), assumed_arch(case.arch):
+        case.run()
+    return names
 
 
 def examine(case: Case) -> list[Finding]:
