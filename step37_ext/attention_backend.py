@@ -86,8 +86,7 @@ class Step37AttentionBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before a pass that no graph replays."""
-        width = self._longest(forward_batch)
-        slots = self.req_to_token[forward_batch.req_pool_indices, :width]
+        slots = self._first_slots(forward_batch, self._longest(forward_batch))
         new = forward_batch.out_cache_loc
         self.full = self.sliding = Paging(self._pages(slots), new)
         if isinstance(self.pool, SWAKVPool):
@@ -111,8 +110,12 @@ class Step37AttentionBackend(AttentionBackend):
         """Before capture and before each replay: fill the tables in place."""
         assert self.graph is not None, "init_cuda_graph_state was not called"
         size, tables = forward_batch.batch_size, self.graph
-        width = self.req_to_token.shape[1] if in_capture else self._longest(forward_batch)
-        slots = self.req_to_token[forward_batch.req_pool_indices, :width]
+        # SGLang may record this too; a width from the host would be frozen then.
+        recorded = in_capture or (
+            self.req_to_token.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        width = self.req_to_token.shape[1] if recorded else self._longest(forward_batch)
+        slots = self._first_slots(forward_batch, width)
         new = forward_batch.out_cache_loc
         pages = self._pages(slots)
         tables.full[:size, : pages.shape[1]] = pages
@@ -121,6 +124,8 @@ class Step37AttentionBackend(AttentionBackend):
             translate = self.pool.translate_loc_from_full_to_swa
             tables.sliding[:size, : pages.shape[1]] = self._pages(translate(slots))
             tables.sliding_slots[: len(new)] = translate(new)
+            # A replay has as many rows as were captured: padding goes to SGLang's dummy slot.
+            tables.sliding_slots[len(new) :].zero_()
             self.sliding = Paging(tables.sliding[:size], tables.sliding_slots[: len(new)])
         self._set_lengths(forward_batch)
 
@@ -173,9 +178,13 @@ class Step37AttentionBackend(AttentionBackend):
         """SGLang's own Triton helpers may be used beside this backend on a GPU only."""
         return self.req_to_token.is_cuda
 
-    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
-        """Slots of positions `[B, L]` to pages `[B, L / page_size]`."""
-        return (slots[:, :: self.page_size] // self.page_size).int()
+    def _first_slots(self, forward_batch: ForwardBatch, width: int) -> torch.Tensor:
+        """The slot that each page of the first `width` positions begins with, `[B, pages]`."""
+        return self.req_to_token[forward_batch.req_pool_indices, : width : self.page_size]
+
+    def _pages(self, first_slots: torch.Tensor) -> torch.Tensor:
+        """Numbers of the pages that begin with these slots."""
+        return (first_slots // self.page_size).int()
 
     def _longest(self, forward_batch: ForwardBatch) -> int:
         """The longest sequence, of the lengths that SGLang has on the host: no wait."""

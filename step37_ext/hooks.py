@@ -7,20 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
 from step37_ext.quantization import Step37QuantConfig, check_flag, checkpoint_format
 from step37_ext.start_checks import (
+    ATTENTION_BACKEND,
+    FP8_CAPABILITY,
     MTP,
     MULTIMODAL,
     Parallel,
     check_architecture,
+    check_cache_type,
     check_config,
     check_refused_arguments,
     check_tensors,
     chosen_attention_backends,
     default_attention_backend,
+    default_max_requests,
 )
 from step37_kernels.dispatch import ENVIRONMENT_VARIABLE
 
@@ -44,10 +49,16 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not is_ours(cfg):
         return
     check_refused_arguments(cfg)
-    defaults: dict[str, Any] = graph_defaults(cfg.device)
+    capability = gpu_capability(cfg.device)
+    defaults: dict[str, Any] = graph_defaults(cfg, capability)
+    chosen = chosen_attention_backends(cfg)
     backend = default_attention_backend(cfg)
-    if backend is not None and cfg.device != "cpu" and not chosen_attention_backends(cfg):
+    if backend is not None and cfg.device != "cpu" and not chosen:
         defaults["attention_backend"] = backend
+    if ATTENTION_BACKEND in chosen or (backend is not None and not chosen):
+        check_cache_type(cfg, capability)
+        if (most := default_max_requests(cfg)) is not None:
+            defaults["max_running_requests"] = most
     if cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
         defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
@@ -59,14 +70,28 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_tensors(folder, checked)
 
 
-def graph_defaults(device: str) -> dict[str, Any]:
+def gpu_capability(device: str) -> tuple[int, int] | None:
+    """Compute capability of the first GPU; None where there is none."""
+    has_gpu = device == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability() if has_gpu else None
+
+
+def graph_defaults(config: Any, capability: tuple[int, int] | None) -> dict[str, Any]:
     """Which CUDA graphs a start gets.
 
     The kernels can be recorded; some reference operations read numbers on the host, which no graph
-    can. Prefill's graphs would need tables that this attention backend does not keep.
+    can: they run in another type than bfloat16, before sm_89 with FP8, and for the cache of a
+    server whose backends differ. Prefill's graphs would need tables that ours does not keep.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    kernels = device == "cuda" and forced in (None, "", "triton")
+    chosen = set(chosen_attention_backends(config))
+    kernels = (
+        config.device == "cuda"
+        and forced in (None, "", "triton")
+        and config.dtype in ("auto", "bfloat16")
+        and (capability is None or capability >= FP8_CAPABILITY)
+        and (ATTENTION_BACKEND not in chosen or len(chosen) == 1)
+    )
     return {"disable_prefill_cuda_graph": True} if kernels else {"disable_cuda_graph": True}
 
 

@@ -71,6 +71,7 @@ REGISTRATION = (
             "attention_backend=",
             "disable_cuda_graph=",
             "disable_prefill_cuda_graph=",
+            "max_running_requests=",
             "model_loader_extra_config=",
         ),
     ),
@@ -116,6 +117,8 @@ ARGUMENTS = tuple(
             "model_impl",
             "quantization",
             "model_loader_extra_config",
+            "dtype",
+            "kv_cache_dtype",
         ),
         "parallel.Parallel": (
             "tp_size",
@@ -128,7 +131,7 @@ ARGUMENTS = tuple(
             "enable_dp_attention",
             "enable_layernorm_sp",
         ),
-        "schedule.Schedule": ("max_total_tokens",),
+        "schedule.Schedule": ("max_total_tokens", "max_running_requests"),
         "spec.Spec": ("speculative_algorithm",),
     }.items()
     for seam in _names(f"{SRT}.arg_groups.fields.{owner}", "a server argument read or set", *names)

@@ -27,11 +27,16 @@ from step37_ext.model.tensors import (
     skip_reason,
 )
 from step37_ext.quantization import CheckpointFormat, check_flag, checkpoint_format
+from step37_kernels.attention.pages import MAX_BATCH
 
 logger = logging.getLogger(__name__)
 
 MULTIMODAL, TEXT, MTP = "Step3p7ForConditionalGeneration", "Step3p5ForCausalLM", "Step3p5MTP"
 ARCHITECTURES = (MULTIMODAL, TEXT)
+
+CACHE_TYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+FP8_CAPABILITY = (8, 9)
+"""From Ada on a GPU converts e4m3."""
 
 _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave it off
     ("pp_size", "--pp-size", (1,)),
@@ -91,6 +96,40 @@ def default_attention_backend(config: Any) -> str | None:
         return ATTENTION_BACKEND
     drafts = config.speculative_algorithm is not None
     return ATTENTION_BACKEND if config.device == "cuda" and not drafts else None
+
+
+def default_max_requests(config: Any) -> int | None:
+    """How many requests may run at once, where the user has not said so.
+
+    Raises:
+        ValueError: the user asks for more than the attention kernels take.
+    """
+    asked = config.max_running_requests
+    if asked is not None and asked > MAX_BATCH:
+        raise ValueError(
+            f"--max-running-requests is {asked}; --attention-backend {ATTENTION_BACKEND} takes up "
+            f"to {MAX_BATCH}"
+        )
+    return MAX_BATCH if asked is None else None
+
+
+def check_cache_type(config: Any, capability: tuple[int, int] | None) -> None:
+    """Check --kv-cache-dtype against what the attention kernels read.
+
+    Raises:
+        ValueError: another type, or FP8 on a GPU that cannot convert it.
+    """
+    asked = config.kv_cache_dtype
+    if asked not in CACHE_TYPES:
+        raise ValueError(
+            f"--kv-cache-dtype is {asked}; --attention-backend {ATTENTION_BACKEND} takes "
+            f"{', '.join(CACHE_TYPES)}"
+        )
+    if asked == "fp8_e4m3" and capability is not None and capability < FP8_CAPABILITY:
+        raise ValueError(
+            f"--kv-cache-dtype fp8_e4m3 needs sm_89 or later, this is sm_{capability[0]}"
+            f"{capability[1]}"
+        )
 
 
 def chosen_attention_backends(config: Any) -> tuple[str, ...]:

@@ -82,6 +82,9 @@ class Arguments(SimpleNamespace):
                 "prefill_attention_backend": None,
                 "decode_attention_backend": None,
                 "speculative_algorithm": None,
+                "max_running_requests": None,
+                "kv_cache_dtype": "auto",
+                "dtype": "auto",
                 "model_loader_extra_config": "{}",
             }
             | fields
@@ -108,7 +111,8 @@ def resolve(monkeypatch):
 
 def test_defaults_of_a_start(resolve):
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
-    assert resolve(hooks.check_start) == {"disable_cuda_graph": True} | streaming
+    ours = {"disable_cuda_graph": True, "max_running_requests": 512}
+    assert resolve(hooks.check_start) == ours | streaming
     users = '{"num_threads": 4}'
     chosen = resolve(hooks.check_start, model_loader_extra_config=users)
     assert "model_loader_extra_config" not in chosen
@@ -118,10 +122,29 @@ def test_defaults_of_a_start(resolve):
 def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch):
     monkeypatch.delenv("STEP37_IMPL", raising=False)
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
-    kernels = {"disable_prefill_cuda_graph": True, "attention_backend": "step37"}
+    kernels = {
+        "disable_prefill_cuda_graph": True,
+        "attention_backend": "step37",
+        "max_running_requests": 512,
+    }
     assert resolve(hooks.check_start, device="cuda") == kernels | streaming
-    monkeypatch.setenv("STEP37_IMPL", "reference")
-    assert resolve(hooks.check_start, device="cuda")["disable_cuda_graph"] is True
+    unlike = {"prefill_attention_backend": "fa3", "decode_attention_backend": "step37"}
+    for reference_runs in ({"dtype": "float32"}, unlike):
+        assert resolve(hooks.check_start, device="cuda", **reference_runs)["disable_cuda_graph"]
+    monkeypatch.setattr(hooks, "gpu_capability", lambda device: (8, 0))
+    assert resolve(hooks.check_start, device="cuda")["disable_cuda_graph"]
+    with pytest.raises(ValueError, match="fp8_e4m3 needs sm_89 or later, this is sm_80"):
+        resolve(hooks.check_start, device="cuda", kv_cache_dtype="fp8_e4m3")
+
+
+def test_what_the_attention_kernels_do_not_take_is_refused(resolve):
+    with pytest.raises(ValueError, match="--max-running-requests is 513"):
+        resolve(hooks.check_start, device="cuda", max_running_requests=513)
+    assert "max_running_requests" not in resolve(hooks.check_start, max_running_requests=8)
+    with pytest.raises(ValueError, match="--kv-cache-dtype is fp8_e5m2"):
+        resolve(hooks.check_start, device="cuda", kv_cache_dtype="fp8_e5m2")
+    other = {"attention_backend": "fa3", "kv_cache_dtype": "fp8_e5m2", "max_running_requests": 999}
+    assert "max_running_requests" not in resolve(hooks.check_start, device="cuda", **other)
 
 
 @pytest.mark.parametrize("which", ["", "prefill_", "decode_"])

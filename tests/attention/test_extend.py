@@ -274,7 +274,7 @@ def test_grid_holds_every_split_of_the_tokens() -> None:
         bound = most_extend_tiles(tile, tokens, sequences, group)
         assert most <= bound <= most + sequences
     # A batch of single tokens needs a tile each, and gets no more.
-    assert most_extend_tiles(extend_tile(E4M3), 64, 64, 8) == 64
+    assert most_extend_tiles(extend_tile(E4M3, 90), 64, 64, 8) == 64
 
 
 def test_errors_name_what_is_wrong(device) -> None:

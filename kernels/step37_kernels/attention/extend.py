@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from step37_kernels.arch import arch_of
 from step37_kernels.attention import pages
 from step37_kernels.attention.tiles import extend_tile, most_extend_tiles
 from step37_kernels.checks import require
@@ -92,7 +93,7 @@ def extend(
 
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     num_kv_heads = k_cache.shape[1]
-    tile = extend_tile(k_cache.dtype)
+    tile = extend_tile(k_cache.dtype, arch_of(q))
     tiles = most_extend_tiles(tile, num_tokens, num_sequences, num_heads // num_kv_heads)
     out = torch.empty(num_tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
     launch(

@@ -49,7 +49,7 @@ def check_paging(page_table: Tensor, seq_lens: Tensor, page_size: int, batch: in
     if batch > MAX_BATCH:
         raise ValueError(f"the batch has {batch} sequences, at most {MAX_BATCH} are supported")
     require("page_table", page_table, (batch, None), (torch.int32,))
-    if page_table.shape[1] and page_table.stride(1) != 1:
+    if page_table.shape[1] > 1 and page_table.stride(1) != 1:
         raise ValueError(f"page_table has strides {page_table.stride()}, expected (any, 1)")
     require("seq_lens", seq_lens, (batch,), INDEX_TYPES)
     if batch > 1 and seq_lens.stride(0) != 1:

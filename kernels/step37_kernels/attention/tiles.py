@@ -100,15 +100,18 @@ class ExtendTile:
     num_stages: int
 
 
-def extend_tile(cache_type: torch.dtype) -> ExtendTile:
-    """The tile for sm_90 and sm_100.
+def extend_tile(cache_type: torch.dtype, arch: int) -> ExtendTile:
+    """The tile for a cache of this type.
 
     128 rows are two warpgroups of 64, each with the whole accumulator in registers; 256 rows and
     blocks of 128 keys spill. The page table between a key and its address halves the pipeline's
     depth: 5 stages keep two blocks of bf16 keys and values (64 KB) on their way while one is
     multiplied. e4m3 blocks are converted first and hold one buffer more, so they take 7 (32 KB).
+    Architectures with 99 KB of shared memory hold one block at a time.
     """
     stages = 7 if cache_type == torch.float8_e4m3fn else 5
+    if arch in (86, 89) or arch >= 120:
+        stages = 3
     return ExtendTile(block_rows=128, block_keys=64, num_warps=8, num_stages=stages)
 
 

@@ -56,7 +56,7 @@ def _case(
 
 
 def _limits(arch: int, cache_type: torch.dtype, window: int | None) -> Limits:
-    tile = extend_tile(cache_type)
+    tile = extend_tile(cache_type, arch)
     reason = (
         "two products of 128 rows keep the matrix unit of an SM busy for 1024 cycles a block "
         "(1024 multiply-adds each, data sheet), in which it issues 4096 instructions: 512 for each "
