@@ -108,6 +108,18 @@ def test_layer_is_the_reference(
 
 
 @pytest.mark.parametrize(("form", "activations"), FORMATS)
+@pytest.mark.parametrize("size", [640, 1280])
+def test_wide_shards(device: torch.device, form: str, activations: str, size: int) -> None:
+    torch.manual_seed(size)
+    weights = make_weights(form, 1, 128, size)
+    hidden, topk_weights, ids = batch(2, 1, 1, 128)
+    args = (topk_weights, ids, 0.0)  # a limit of zero is none
+    got = run(device, hidden, weights, *args, **options_of(activations))
+    expected = expect(hidden, weights, *args, **options_of(activations))
+    assert ((got.double() - expected.output).abs() <= expected.bound).all()
+
+
+@pytest.mark.parametrize(("form", "activations"), FORMATS)
 def test_the_model_s_hidden_size_and_one_token(
     device: torch.device, form: str, activations: str
 ) -> None:

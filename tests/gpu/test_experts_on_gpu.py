@@ -1,0 +1,117 @@
+"""What only a GPU shows of the expert layer: full size, CUDA graphs, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
+from step37_kernels.experts.layer import experts, prepare
+from step37_kernels.reference.experts import experts as reference
+from step37_kernels.route import route
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+EXPERTS, HIDDEN, SIZE, TOP_K = 288, 4096, 1280, 8
+FORMATS = [("bf16", "same"), ("fp8", "same"), ("fp8", "fp8"), ("nvfp4", "same"), ("nvfp4", "fp8")]
+# Relative L2 of the whole output. bf16: intermediate, parts and sum, 2^-8 / sqrt(3) each and more
+# for the reference's own rounding. e4m3 intermediates and weights: 2^-4 / sqrt(3) each.
+ALLOWED = {"same": 2 * 2.0**-8, "fp8": 2 * 2.0**-4}
+
+
+def make(form: str, count: int = EXPERTS, size: int = SIZE) -> ExpertWeights:
+    """Random weights made on the GPU in a format's own bytes, outputs of order one."""
+    torch.manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * shape[-1] ** -0.5
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+
+    def constant(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, device="cuda")
+
+    if form == "bf16":
+        return BF16Experts(values(count, 2 * size, HIDDEN), values(count, HIDDEN, size))
+    if form == "fp8":
+        fp8 = torch.float8_e4m3fn
+        return FP8Experts(
+            (values(count, 2 * size, HIDDEN) * 1024).to(fp8),
+            constant(1 / 1024, count, 2, -(-size // 128), HIDDEN // 128),
+            (values(count, HIDDEN, size) * 1024).to(fp8),
+            constant(1 / 1024, count, HIDDEN // 128, -(-size // 128)),
+        )
+
+    def scales(*shape: int) -> Tensor:
+        return torch.randint(0x30, 0x40, shape, device="cuda", dtype=torch.uint8).view(
+            torch.float8_e4m3fn
+        )
+
+    gate = constant(HIDDEN**-0.5 / 4, count, 1)
+    return NVFP4Experts(
+        codes(count, 2 * size, HIDDEN // 2),
+        scales(count, 2 * size, HIDDEN // 16),
+        torch.cat([gate, gate / 8], 1),
+        codes(count, HIDDEN, size // 2),
+        scales(count, HIDDEN, size // 16),
+        constant(size**-0.5 / 4, count),
+    )
+
+
+def batch(tokens: int, count: int = EXPERTS) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    gate = torch.randn(count, HIDDEN, device="cuda", dtype=torch.bfloat16) / 64
+    return hidden, *route(hidden, gate, None, min(TOP_K, count), 3.0)
+
+
+@pytest.mark.parametrize(("form", "activations"), FORMATS)
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_the_whole_layer_at_the_model_s_size(form: str, activations: str, tokens: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9) and "fp8" in (form, activations):
+        pytest.skip("FP8 needs sm_89")
+    weights = make(form)
+    hidden, topk_weights, ids = batch(tokens)
+    expected = reference(hidden.float(), weights, topk_weights, ids, 7.0)
+    prepared = prepare(weights, activations)
+    got = experts(hidden, prepared, topk_weights, ids, 7.0, activations=activations)
+    error = (got - expected).norm() / expected.norm()
+    assert error < ALLOWED[activations]
+
+
+@pytest.mark.parametrize(("form", "activations"), FORMATS)
+def test_a_hundred_runs_give_the_same_bits(form: str, activations: str) -> None:
+    prepared = prepare(make(form, count=32), activations)
+    hidden, topk_weights, ids = batch(128, count=32)
+    first = experts(hidden, prepared, topk_weights, ids, None, activations=activations)
+    for _ in range(100):
+        again = experts(hidden, prepared, topk_weights, ids, None, activations=activations)
+        assert torch.equal(first.view(torch.int16), again.view(torch.int16))
+
+
+@pytest.mark.parametrize(("form", "activations"), FORMATS)
+def test_a_recorded_graph_follows_the_routing(form: str, activations: str) -> None:
+    prepared = prepare(make(form, count=32), activations)
+    hidden, topk_weights, ids = batch(16, count=32)
+
+    def run() -> Tensor:
+        return experts(hidden, prepared, topk_weights, ids, None, activations=activations)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        new = batch(16, count=32)
+        new[2][seed] = -1  # padding
+        for old, fresh in zip((hidden, topk_weights, ids), new, strict=True):
+            old.copy_(fresh)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(recorded, run())
