@@ -11,6 +11,7 @@ import click
 
 from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_ext.deploy.cli import command_command, serve_command_
+from step37_ext.doctor.command import doctor_command
 from step37_ext.quantize.command import quantize_command
 
 
@@ -23,6 +24,7 @@ def main() -> None:
 main.add_command(command_command)
 main.add_command(serve_command_)
 main.add_command(quantize_command)
+main.add_command(doctor_command)
 
 
 @main.command("make-tiny")

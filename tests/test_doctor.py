@@ -1,0 +1,69 @@
+"""`step37 doctor`: every kernel is tried, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from step37_ext.doctor import self_test
+from step37_kernels import dispatch
+from step37_kernels.dispatch import Target
+
+CPU = Target("cpu", None, "-")
+
+
+def doctor(*arguments: str) -> tuple[int, dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "STEP37_IMPL"}
+    command = [str(Path(sys.executable).with_name("step37")), "doctor", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_every_kernel_is_tried_and_a_checkpoint_checked(untrained: dict[str, Path]) -> None:
+    status, found = doctor("--checkpoint", str(untrained["fp8"]))
+    assert status == 0 and found["problems"] == []
+    assert found["checkpoint"] == {
+        "folder": str(untrained["fp8"]), "whole": True, "format": "fp8"
+    }  # fmt: skip
+    tried = [(c["operation"], c["weights"]) for c in found["self_test"]]
+    assert len(tried) == 11 and {o for o, _ in tried} == set(dispatch.OPERATIONS) - {"activation"}
+    ran = "triton" if torch.cuda.is_available() else "interpret"
+    assert all(c["passed"] and c["implementation"] == ran for c in found["self_test"])
+    assert {k["operation"] for k in found["kernels"]} == set(dispatch.OPERATIONS)
+
+
+def test_a_damaged_checkpoint_is_a_problem(untrained: dict[str, Path], tmp_path: Path) -> None:
+    for file in untrained["bf16"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    status, found = doctor("--checkpoint", str(tmp_path))
+    assert status == 1 and found["checkpoint"]["whole"] is False
+    assert shard.name in found["problems"][0]
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = dispatch.choose
+
+    def choose(operation: str, target: Target) -> dispatch.Implementation:
+        chosen = right(operation, target)
+        if operation == "attend":
+            return dispatch.Implementation(
+                "wrong", operation, "", lambda *a, **k: 1.1 * chosen(*a, **k), chosen.prepare
+            )
+        if operation == "route":
+            return dispatch.Implementation("broken", operation, "", 1 / 1, chosen.prepare)  # type: ignore[arg-type]
+        return chosen
+
+    monkeypatch.delenv("STEP37_IMPL", raising=False)
+    monkeypatch.setattr(dispatch, "choose", choose)
+    checks = {(c.operation, c.weights): c for c in self_test.run_checks(CPU)}
+    assert "relative error 0.1" in checks["attend", "fp8 cache, decode"].problem
+    assert "TypeError" in checks["route", "-"].problem and checks["route", "-"].error is None
+    assert checks["experts", "nvfp4"].passed
