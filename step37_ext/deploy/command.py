@@ -24,6 +24,7 @@ IMAGE_NOTE = (
 HEAD_NODE = "HEAD_NODE:20000"
 """Where the nodes meet; a user puts the first node's address in its place."""
 
+_WEIGHTS_AT = "/huggingface"
 _MOUNTED_AT = "/step37-ext"
 _SPECULATIVE = (
     "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
@@ -87,7 +88,8 @@ def docker_command(serve: list[str]) -> list[str]:
     inside = f"pip install -e {_MOUNTED_AT} && exec {shlex.join(serve)}"
     return [
         *"docker run -it --gpus all --shm-size=32g --ipc=host --network=host".split(),
-        *("-v", f"{weights}:/root/.cache/huggingface", "-v", f"{source}:{_MOUNTED_AT}"),
+        *("-v", f"{weights}:{_WEIGHTS_AT}", "-e", f"HF_HOME={_WEIGHTS_AT}"),
+        *("-v", f"{source}:{_MOUNTED_AT}"),
         *(IMAGE, "bash", "-c", inside),
     ]
 

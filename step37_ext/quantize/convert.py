@@ -129,5 +129,8 @@ def quantized(matrix: Tensor, target: TargetFormat) -> tuple[tuple[Tensor, ...],
 
 
 def relative_error(error: float, weight: float) -> float:
-    """Relative L2 error from the sums of squares of the error and of the source; 0 for 0 / 0."""
-    return (error / weight) ** 0.5 if weight else 0.0
+    """Relative L2 error from the sums of squares of the error and of the source; 0 for 0 / 0.
+
+    To eight digits: further ones depend on how many threads added up the squares.
+    """
+    return float(f"{(error / weight) ** 0.5:.8g}") if weight else 0.0

@@ -216,6 +216,8 @@ def test_a_killed_worker_is_told_of(untrained, tmp_path):
     shards = [Shard("one.safetensors", (Task("copy", stored.name, (stored,)),))]
     with pytest.raises(RuntimeError, match="a worker process was killed.*fewer --jobs"):
         convert_all(places, shards, 2, kill_one)
+    for process in multiprocessing.active_children():
+        process.join(10)  # it was told to end
     assert not multiprocessing.active_children()
 
 
