@@ -14,6 +14,7 @@ from step37_ext.deploy.hardware import GPUS
 from step37_ext.deploy.memory import Quant
 from step37_ext.deploy.plans import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, Plan, Request, make_plan
 from step37_ext.deploy.report import as_json, no_fit, print_plan
+from step37_kernels.attention.pages import MAX_BATCH
 
 _OPTIONS = (
     click.option("--gpu", type=click.Choice(tuple(GPUS)), required=True),
@@ -32,7 +33,7 @@ _OPTIONS = (
     ),
     click.option(
         "--concurrency",
-        type=int,
+        type=click.IntRange(1, MAX_BATCH),
         help=f"Requests of that length at once [planned for: {DEFAULT_CONCURRENCY}].",
     ),
     click.option("--reasoning", is_flag=True, help="Reasoning in a field of its own."),

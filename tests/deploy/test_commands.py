@@ -17,6 +17,7 @@ from step37_ext.deploy.command import MODELS, docker_command, in_shell, serve_co
 from step37_ext.deploy.hardware import static_fraction
 from step37_ext.deploy.memory import release_config
 from step37_ext.deploy.plans import Plan, Request, make_plan
+from step37_kernels.attention.pages import MAX_BATCH
 
 QUANTIZATION_CONFIG = {
     "bf16": None,
@@ -90,7 +91,7 @@ def test_sglang_reads_what_was_planned(resolved, request_):
         "attention_backend": "step37",
         "trust_remote_code": True,
         "context_length": request_.context,
-        "max_running_requests": request_.concurrency,
+        "max_running_requests": request_.concurrency or MAX_BATCH,
         "chunked_prefill_size": settings.prefill_chunk,
         "swa_full_tokens_ratio": settings.sliding_ratio,
         "reasoning_parser": "step3p5" if request_.reasoning else None,

@@ -1,4 +1,4 @@
-"""A child process compiles two configurations of every kernel: the interpreter is on in this one.
+"""A child process compiles one configuration of every kernel: the interpreter is on in this one.
 
 All of them take several minutes; `make evidence` compiles them.
 """

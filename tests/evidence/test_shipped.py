@@ -1,4 +1,4 @@
-"""Every kernel keeps to the limits of its machine code, at both ends of its shapes."""
+"""Every kernel keeps to the limits of its machine code, in one of its configurations."""
 
 from __future__ import annotations
 

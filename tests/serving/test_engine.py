@@ -59,8 +59,9 @@ def unquantise_cache(model: Path) -> None:
 
 
 # The FP8 experts' 384 intermediate is three blocks: rank 1 begins in the middle of the second.
-@pytest.mark.parametrize("weight_format", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("weight_format", ["fp8", "nvfp4"])
 def test_two_ranks(tmp_path, weight_format):
+    """bf16 is what the four ranks below have."""
     random_checkpoint(tmp_path / "model", weight_format, TINY)
     if weight_format == "nvfp4":
         unquantise_cache(tmp_path / "model")
