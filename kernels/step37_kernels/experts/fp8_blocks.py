@@ -1,8 +1,10 @@
-"""FP8 experts as the kernels take them: what is allowed, checked before a launch."""
+"""FP8 experts as the kernels take them: where a row's block scales are, and what is allowed."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from step37_kernels.checks import require
 from step37_kernels.expert_weights import FP8Experts
@@ -12,6 +14,47 @@ BLOCK = 128
 """Rows and columns of a checkpoint's block, and channels of an activation's group."""
 OFFSET_MULTIPLE = 16
 """Where shards may begin: blocks are then cut at whole 16-byte vectors of w2's rows."""
+
+
+@triton.jit
+def w13_scale_rows(
+    w13_scale,
+    expert,
+    half,
+    channel,
+    OFFSET: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pointers [rows, 1] to the first block scale of each row of gate (half 0) or up (half 1)."""
+    GROUPS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (OFFSET + N + BLOCK - 1) // BLOCK
+    row = half * BLOCKS + (channel + OFFSET) // BLOCK
+    return (w13_scale + expert * (2 * BLOCKS * GROUPS) + row * GROUPS)[:, None]
+
+
+@triton.jit
+def w2_scale_rows(
+    w2_scale,
+    expert,
+    tile_index,
+    channels,
+    OFFSET: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pointers to the first block scale of each of w2's rows, or one where they share it."""
+    BLOCKS: tl.constexpr = (OFFSET + N + BLOCK - 1) // BLOCK
+    BLOCKS_OF_ROWS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    first = w2_scale + expert * (BLOCKS_OF_ROWS * BLOCKS)
+    if BLOCK % BLOCK_N == 0:  # all rows of the tile are in one row of blocks
+        rows = first + tile_index * BLOCK_N // BLOCK * BLOCKS
+    else:
+        rows = first + tl.minimum(channels, K - 1)[:, None] // BLOCK * BLOCKS
+    return rows
 
 
 def check_fp8(weights: FP8Experts, device: torch.device) -> None:

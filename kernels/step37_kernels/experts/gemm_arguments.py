@@ -73,3 +73,14 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def tile_options(tile: GemmTile) -> dict[str, int]:
+    """A tile as arguments of a kernel."""
+    return {
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

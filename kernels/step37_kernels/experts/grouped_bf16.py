@@ -14,13 +14,14 @@ from torch import Tensor
 
 from step37_kernels.checks import ceil_div, require
 from step37_kernels.expert_weights import BF16Experts
-from step37_kernels.experts.epilogue import swiglu_step
+from step37_kernels.experts.epilogue import store_activated, store_weighted
 from step37_kernels.experts.gemm_arguments import (
     check_device,
     check_down_rows,
     check_limit,
     check_routing,
     check_sizes,
+    tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
@@ -87,10 +88,7 @@ def gate_up_bf16_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_columns(weight_rows, token_rows, valid, acc, K, BLOCK_K)
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
-    activated = swiglu_step(gate, up, limit, HAS_LIMIT)
-    target = intermediate + pair.to(tl.int64)[None, :] * N + channels[:, None]
-    stored = valid[None, :] & (channels < N)[:, None]
-    tl.store(target, activated.to(tl.bfloat16), mask=stored)
+    store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
 
 
 @triton.jit
@@ -119,9 +117,7 @@ def down_bf16_kernel(
     token_rows = intermediate + pair.to(tl.int64) * N
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_columns(weight_rows, token_rows, valid, acc, N, BLOCK_K)
-    acc *= tl.load(topk_weights + pair, mask=valid, other=0.0)[None, :]
-    target = partial + pair.to(tl.int64)[None, :] * K + channels[:, None]
-    tl.store(target, acc.to(tl.bfloat16), mask=valid[None, :] & (channels < K)[:, None])
+    store_weighted(acc, topk_weights, partial, pair, channels, K)
 
 
 def gate_up(
@@ -164,11 +160,7 @@ def gate_up(
         HAS_LIMIT=clamp > 0,
         N=size,
         K=hidden_size,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return intermediate
 
@@ -214,10 +206,6 @@ def down(
         routing.expert_of_block,
         N=size,
         K=hidden_size,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return partial

@@ -19,9 +19,14 @@ from torch import Tensor
 from step37_kernels.checks import ceil_div, require
 from step37_kernels.expert_weights import FP8Experts
 from step37_kernels.experts.e4m3_words import widen, word_column
-from step37_kernels.experts.epilogue import swiglu_step
-from step37_kernels.experts.fp8_blocks import BLOCK, check_fp8
-from step37_kernels.experts.gemm_arguments import check_down_rows, check_limit, check_routing
+from step37_kernels.experts.epilogue import store_activated, store_weighted
+from step37_kernels.experts.fp8_blocks import BLOCK, check_fp8, w2_scale_rows, w13_scale_rows
+from step37_kernels.experts.gemm_arguments import (
+    check_down_rows,
+    check_limit,
+    check_routing,
+    tile_options,
+)
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
 from step37_kernels.experts.tiles import GemmTile
@@ -101,21 +106,15 @@ def gate_up_fp8_bf16_kernel(
     valid = pair >= 0
     position, half, at = gate_up_rows(tl.program_id(0), N, BLOCK_N)
     channel = word_column(at)  # the rows' order is free, so the result is stored as it comes
-    GROUPS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    BLOCKS: tl.constexpr = (OFFSET + N + BLOCK - 1) // BLOCK
     weight_words = w13 + expert * (2 * N * K // 4) + (half * N + channel) * (K // 4)
-    scale_row = half * BLOCKS + (channel + OFFSET) // BLOCK
-    weight_scales = w13_scale + expert * (2 * BLOCKS * GROUPS) + scale_row * GROUPS
+    weight_scales = w13_scale_rows(w13_scale, expert, half, channel, OFFSET, N, K, BLOCK)
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_words(
-        weight_words, weight_scales[:, None], x + (pair // TOP_K).to(tl.int64) * K, valid, acc,
+        weight_words, weight_scales, x + (pair // TOP_K).to(tl.int64) * K, valid, acc,
         0, K, BLOCK_K, BLOCK, STAGES,
     )  # fmt: skip
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
-    activated = swiglu_step(gate, up, limit, HAS_LIMIT)
-    target = intermediate + pair.to(tl.int64)[None, :] * N + position[:, None]
-    stored = valid[None, :] & (position < N)[:, None]
-    tl.store(target, activated.to(tl.bfloat16), mask=stored)
+    store_activated(gate, up, limit, intermediate, pair, position, N, HAS_LIMIT)
 
 
 @triton.jit
@@ -145,21 +144,15 @@ def down_fp8_bf16_kernel(
     valid = pair >= 0
     row = pair.to(tl.int64)
     channels = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    BLOCKS: tl.constexpr = (OFFSET + N + BLOCK - 1) // BLOCK
-    BLOCKS_OF_ROWS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    weight_scales = w2_scale + expert * (BLOCKS_OF_ROWS * BLOCKS)
-    if BLOCK % BLOCK_N == 0:  # all rows of the tile are in one row of blocks
-        weight_scales += tl.program_id(0) * BLOCK_N // BLOCK * BLOCKS
-    else:
-        weight_scales += tl.minimum(channels, K - 1)[:, None] // BLOCK * BLOCKS
+    weight_scales = w2_scale_rows(
+        w2_scale, expert, tl.program_id(0), channels, OFFSET, N, K, BLOCK, BLOCK_N
+    )
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_words(
         w2 + expert * (K * N // 4) + tl.minimum(channels, K - 1) * (N // 4), weight_scales,
         intermediate + row * N, valid, acc, OFFSET, N, BLOCK_K, BLOCK, STAGES,
     )  # fmt: skip
-    acc *= tl.load(topk_weights + pair, mask=valid, other=0.0)[None, :]
-    target = partial + row[None, :] * K + channels[:, None]
-    tl.store(target, acc.to(tl.bfloat16), mask=valid[None, :] & (channels < K)[:, None])
+    store_weighted(acc, topk_weights, partial, pair, channels, K)
 
 
 def gate_up(
@@ -206,12 +199,8 @@ def gate_up(
         N=size,
         K=hidden_size,
         BLOCK=BLOCK,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return intermediate
 
@@ -258,11 +247,7 @@ def down(
         N=size,
         K=hidden_size,
         BLOCK=BLOCK,
-        BLOCK_ROWS=tile.block_rows,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return partial

@@ -24,6 +24,7 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import split_gate_up
@@ -381,14 +382,3 @@ def check_tile(tile: GemmTile, rows: int, columns: int) -> None:
             raise ValueError(
                 f"tile.block_{name} is {block}, expected a multiple of {SLAB} that divides {size}"
             )
-
-
-def tile_options(tile: GemmTile) -> dict[str, int]:
-    """A tile as arguments of a kernel."""
-    return {
-        "BLOCK_ROWS": tile.block_rows,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }

@@ -27,13 +27,13 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    tile_options,
 )
 from step37_kernels.experts.grouped_nvfp4 import (
     check_tile,
     expand_parts,
     finish_down,
     finish_gate_up,
-    tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.tiles import GemmTile

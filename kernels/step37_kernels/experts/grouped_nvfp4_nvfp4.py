@@ -17,14 +17,15 @@ from torch import Tensor
 
 from step37_kernels.checks import require
 from step37_kernels.expert_weights import NVFP4Experts
-from step37_kernels.experts.epilogue import swiglu_step
+from step37_kernels.experts.epilogue import store_activated
 from step37_kernels.experts.gemm_arguments import (
     check_device,
     check_down_rows,
     check_limit,
     check_routing,
+    tile_options,
 )
-from step37_kernels.experts.grouped_nvfp4 import finish_down, tile_options
+from step37_kernels.experts.grouped_nvfp4 import finish_down
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
 from step37_kernels.experts.tiles import GemmTile
@@ -151,9 +152,7 @@ def nvfp4_nvfp4_gate_up_kernel(
     x_unit = tl.load(x_global_scale)
     gate *= x_unit * tl.load(w13_global_scale + expert * 2)
     up *= x_unit * tl.load(w13_global_scale + expert * 2 + 1)
-    result = swiglu_step(gate, up, limit, HAS_LIMIT).to(tl.bfloat16)
-    target = intermediate + pair.to(tl.int64)[None, :] * N + channels[:, None]
-    tl.store(target, result, mask=valid[None, :] & (channels < N)[:, None])
+    store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
 
 
 @triton.jit

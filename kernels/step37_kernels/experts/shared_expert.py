@@ -16,7 +16,12 @@ from torch import Tensor
 from step37_kernels.arch import arch_of
 from step37_kernels.checks import ceil_div, require
 from step37_kernels.experts.epilogue import swiglu_step
-from step37_kernels.experts.gemm_arguments import check_device, check_limit, check_sizes
+from step37_kernels.experts.gemm_arguments import (
+    check_device,
+    check_limit,
+    check_sizes,
+    tile_options,
+)
 from step37_kernels.experts.grouped_bf16 import sum_over_columns
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
 from step37_kernels.experts.tiles import GemmTile, SharedTiles, shared
@@ -164,26 +169,16 @@ def shared_expert(
         shared_gate_up_kernel,
         _grid(2 * channels, tokens, chosen.parts, chosen.gate_up),
         hidden, w13, between, tokens, clamp,
-        **options, **_tile_options(chosen.gate_up),
+        **options, **tile_options(chosen.gate_up),
     )  # fmt: skip
     launch(
         shared_down_kernel,
         _grid(size, tokens, chosen.splits, chosen.down),
         between, w2, out, tokens, clamp,
-        **options, SPLITS=chosen.splits, **_tile_options(chosen.down),
+        **options, SPLITS=chosen.splits, **tile_options(chosen.down),
     )  # fmt: skip
     return out
 
 
 def _grid(rows: int, tokens: int, parts: int, tile: GemmTile) -> tuple[int, int, int]:
     return ceil_div(rows, tile.block_n), ceil_div(tokens, tile.block_rows), parts
-
-
-def _tile_options(tile: GemmTile) -> dict[str, int]:
-    return {
-        "BLOCK_ROWS": tile.block_rows,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
