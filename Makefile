@@ -36,8 +36,9 @@ $(STAMP): pyproject.toml setup.py requirements/cpu-no-deps.txt
 demo: $(STAMP)
 	$(BIN)/step37 demo
 
+# Two at once: most tests keep one core busy, and a live server takes up to 2 GB.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

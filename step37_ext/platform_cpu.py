@@ -55,8 +55,10 @@ class Step37CpuPlatform(CpuDeviceMixin, SRTPlatform):
 def bind_ranks(tp_size: int) -> None:
     """Give each tensor-parallel rank a core, unless the user has said which.
 
-    Without this SGLang asks for one NUMA node a rank and stops with an assertion.
+    Without this SGLang asks for one NUMA node a rank and stops with an assertion. The first core
+    differs from server to server, as two on one machine would else share it.
     """
     cores = sorted(os.sched_getaffinity(0))
-    ranks = (str(cores[rank % len(cores)]) for rank in range(tp_size))
+    first = os.getpid()
+    ranks = (str(cores[(first + rank) % len(cores)]) for rank in range(tp_size))
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(ranks))

@@ -18,6 +18,29 @@ from step37_ext.checkpoint.spec import TINY  # noqa: E402
 from step37_ext.checkpoint.weight_format import WeightFormat  # noqa: E402
 
 
+# Begun first where several workers share the tests: what takes longest to set up.
+_FIRST = ("tests/checkpoint/test_trained.py", "tests/serving/", "tests/evidence/")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has brought the items of one session fixture together
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `pytest -n`: a worker takes whole files, or all tests of one live server."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_worker_group(item)))
+    items.sort(key=lambda item: [not item.nodeid.startswith(first) for first in _FIRST])
+
+
+def _worker_group(item: pytest.Item) -> str:
+    file = item.nodeid.split("::")[0]
+    parameters = getattr(item, "callspec", None)
+    if parameters is not None and "server" in parameters.params:
+        return f"server {parameters.params['server']}"
+    # Tests that start SGLang themselves have nothing in common.
+    return item.nodeid if file.startswith("tests/serving/") else file
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a kernel runs: in the interpreter on the CPU, and on the GPU where there is one."""

@@ -176,9 +176,10 @@ def test_platform_defaults(monkeypatch):
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
     monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
     monkeypatch.setattr(platform_cpu.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(platform_cpu.os, "getpid", lambda: 7)
     arguments = SimpleNamespace(tp_size=4, max_total_tokens=None)
     platform_cpu.Step37CpuPlatform().apply_server_args_defaults(arguments)
-    assert platform_cpu.os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1|2|0"
+    assert platform_cpu.os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "1|2|0|1"
     assert arguments.max_total_tokens == platform_cpu.MAX_TOTAL_TOKENS and arguments.sleep_on_idle
     arguments = SimpleNamespace(tp_size=1, max_total_tokens=5000)
     platform_cpu.Step37CpuPlatform().apply_server_args_defaults(arguments)
