@@ -19,7 +19,7 @@ BLOCK_E = 32  # 288 experts are nine tiles of 32 and not a whole number of 64
 BLOCK_K = {torch.bfloat16: 128, torch.float32: 32}  # three bf16 parts of more columns spill
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_logits_kernel(
     hidden,
     gate,
@@ -66,7 +66,7 @@ def route_logits_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_topk_kernel(
     logits,
     bias,

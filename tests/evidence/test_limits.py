@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from step37_kernels.evidence.limits import Limits, faults
+from step37_kernels.evidence.limits import Limits, faults, specialised
 from step37_kernels.evidence.machine_code import (
     Kernel,
     compile_launches,
@@ -41,7 +42,7 @@ TTGIR = """
 
 def example(**changes: object) -> Kernel:
     instructions, loops = parse_sass(SASS)
-    launched = Launch(type("Named", (), {"__name__": "example"}), (1,), (), {})
+    launched = Launch(type("Named", (), {"__name__": "example", "params": ()}), (1,), (), {})
     values: dict[str, object] = {
         "launch": launched, "arch": 90, "registers": 168, "shared_bytes": 60 * 1024,
         "num_warps": 4, "instructions": instructions, "loops": loops, "ttgir": TTGIR,
@@ -145,3 +146,21 @@ def test_a_kernel_is_compiled_for_both_architectures(tmp_path: Path) -> None:
     assert found["100"][:2] == ["product", ["UTCHMMA"]]
     for one in found.values():
         assert one[2] > 0 and one[3] == 0 and one[4:] == [True, True]
+
+
+def test_a_count_may_not_be_specialised_and_a_stride_may():
+    def parameter(name: str, constexpr: bool = False, free: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, is_constexpr=constexpr, do_not_specialize=free)
+
+    kernel = SimpleNamespace(
+        params=[
+            parameter("x"),
+            parameter("scale"),
+            parameter("num_tokens"),
+            parameter("num_pages", free=True),
+            parameter("page_stride"),
+            parameter("BLOCK", constexpr=True),
+        ]
+    )
+    launch = Launch(kernel, (1,), ("a tensor", 0.5, 16, 16, 16, 16), {})
+    assert specialised(launch) == ["num_tokens"]

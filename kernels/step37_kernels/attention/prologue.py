@@ -165,7 +165,7 @@ def _turned(
         tl.store(out + rest_at[None, :], rest, mask=written[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_positions", "num_slots", "q_programs", "kv_programs"])
 def prologue_kernel(
     qkv, positions, q_weight, k_weight, cos_sin, q, k_cache, v_cache, slots,
     tokens, num_positions, num_slots, q_programs, kv_programs, eps,

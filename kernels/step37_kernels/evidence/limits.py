@@ -8,7 +8,7 @@ from typing import Any
 
 from step37_kernels.arch import assumed_arch
 from step37_kernels.evidence.machine_code import ALU, Kernel, Loop, compile_launches
-from step37_kernels.launch import observed
+from step37_kernels.launch import Launch, observed
 
 BYTES_IN_FLIGHT = 32 * 1024
 """Little's law for an H100: 3.35 TB/s x 700 ns / 132 SMs is 18 KB at the least; near twice that."""
@@ -123,6 +123,7 @@ def figures(kernel: Kernel, limits: Limits | None) -> dict[str, Any]:
 def faults(kernel: Kernel, limits: Limits | None) -> list[str]:
     """What is wrong with a kernel, one sentence each."""
     wrong = [f"{kernel.spills} spills to local memory"] if kernel.spills else []
+    wrong += [f"{name} is specialised on its value" for name in specialised(kernel.launch)]
     if limits is None:
         return wrong
     if limits.tensor_core and not any(o.startswith(limits.tensor_core) for o in kernel.tensor_core):
@@ -135,6 +136,22 @@ def faults(kernel: Kernel, limits: Limits | None) -> list[str]:
     if wanted is not None and kernel.bytes_in_flight < wanted:
         wrong.append(f"{kernel.bytes_in_flight} bytes in flight per SM, at least {wanted}")
     return wrong + _loop_faults(kernel, limits)
+
+
+def specialised(launch: Launch) -> list[str]:
+    """Integers that a kernel would be compiled anew for, by whether they are 1 or divide by 16.
+
+    Counts change from batch to batch, and each compilation would hold a request up for seconds.
+    Strides do not, and their divisibility makes copies asynchronous.
+    """
+    return [
+        parameter.name
+        for parameter, value in zip(launch.kernel.params, launch.args, strict=False)
+        if isinstance(value, int)
+        and not parameter.is_constexpr
+        and not parameter.do_not_specialize
+        and not parameter.name.endswith("stride")
+    ]
 
 
 def _counted(kernel: Kernel, limits: Limits) -> tuple[Loop | None, int | None]:

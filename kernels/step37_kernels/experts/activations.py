@@ -101,7 +101,7 @@ def prepare_row(
         tl.store(out + row * K + position, value, mask=position < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert"])
 def quantize_kernel(
     x,
     out,

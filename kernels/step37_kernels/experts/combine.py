@@ -13,7 +13,7 @@ from step37_kernels.launch import launch
 BLOCK_K = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_expert"])
 def combine_kernel(
     partial,
     ids,

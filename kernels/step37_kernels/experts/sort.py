@@ -84,7 +84,7 @@ def _sort_expert(
         written += tl.sum(mine.to(tl.int32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "first_expert", "max_blocks"])
 def sort_kernel(
     ids,
     pair_of_slot,
@@ -104,7 +104,7 @@ def sort_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "first_expert", "max_blocks"])
 def sort_and_prepare_kernel(
     ids,
     pair_of_slot,
