@@ -8,7 +8,7 @@ import torch
 from step37_kernels import implementations, interpret  # noqa: F401  (makes the kernels known)
 from step37_kernels.dispatch import Target, candidates, choose
 
-KERNELS = ("route", "experts", "shared_expert", "prologue", "attend")
+KERNELS = ("linear", "route", "experts", "shared_expert", "activation", "prologue", "attend")
 
 
 @pytest.fixture(autouse=True)

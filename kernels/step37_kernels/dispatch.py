@@ -14,11 +14,12 @@ import torch
 from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
+from step37_kernels.reference.linear import linear
 from step37_kernels.reference.route import route
 from step37_kernels.reference.shared_expert import shared_expert
 
 ENVIRONMENT_VARIABLE = "STEP37_IMPL"
-OPERATIONS = ("route", "experts", "shared_expert", "activation", "prologue", "attend")
+OPERATIONS = ("route", "experts", "shared_expert", "activation", "linear", "prologue", "attend")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Target:
 class Implementation:
     """A chosen implementation: call it as the operation's reference is called.
 
+    `reason` also says why those that would have been preferred are not usable.
     `prepare` turns the operation's weights into what the function takes, once at load.
     """
 
@@ -140,11 +142,13 @@ def choose(operation: str, target: Target) -> Implementation:
             )
         named = [known for known in registered if known.name == forced]
         forced, registered = (forced, named) if named else (None, registered)
-    refusals = []
+    refusals: list[str] = []
     for known in registered:
         usable, reason = known.supports(target)
         if usable:
             why = f"forced by {ENVIRONMENT_VARIABLE}; {reason}" if forced else reason
+            if refusals:
+                why = f"{why}; not {', '.join(refusals)}"
             return Implementation(known.name, operation, why, known.function, known.prepare)
         refusals.append(f"{known.name} ({reason})")
     raise ValueError(
@@ -161,10 +165,11 @@ def _of(operation: str) -> list[_Registered]:
 
 
 def _reference_supports(target: Target) -> tuple[bool, str]:
-    return True, "PyTorch in fp32, runs on any device and format"
+    return True, "PyTorch in fp32"
 
 
 for _operation, _function in (
+    ("linear", linear),
     ("route", route),
     ("experts", experts),
     ("shared_expert", shared_expert),

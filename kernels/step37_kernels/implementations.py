@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from step37_kernels import interpret
+from step37_kernels.activation import activation
 from step37_kernels.attention.attend import attend
 from step37_kernels.attention.prologue import prologue
 from step37_kernels.dispatch import Target, register
 from step37_kernels.experts.layer import experts, prepare
+from step37_kernels.experts.shared_expert import prepare as prepare_matrix
 from step37_kernels.experts.shared_expert import shared_expert
+from step37_kernels.formats.fp8_words import FP8Words
+from step37_kernels.linear import linear
 from step37_kernels.route import route
 
 LEAST_CAPABILITY = {"bf16": (8, 0), "nvfp4": (8, 0), "fp8": (8, 9), "-": (8, 0)}
@@ -54,8 +58,10 @@ def _register(
     register(operation, "interpret", function, _in_the_interpreter, priority=-10, prepare=prepare)
 
 
+_register("linear", linear, FP8Words.pack)
 _register("route", route)
 _register("experts", experts, prepare)
-_register("shared_expert", shared_expert)
+_register("shared_expert", shared_expert, prepare_matrix)
+_register("activation", activation)
 _register("prologue", prologue)
 _register("attend", attend)

@@ -171,7 +171,19 @@ def _mend(ml_dtypes: Any) -> None:
     builder.get_bf16 = lambda self, value: handle(np.array([value], bf16), tl.bfloat16)
     interpreter._interpreter = _Memory(interpreter._interpreter, bf16)
     _accept_plain_format_names(tl)
+    _take_scalars_from_arrays(interpreter)
     _patch_once_a_launch(interpreter)
+
+
+def _take_scalars_from_arrays(interpreter: Any) -> None:
+    """Triton 3.6 asks NumPy for the int of an array of one element, which NumPy 2.4 refuses."""
+    shipped = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        shipped(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:

@@ -14,8 +14,10 @@ from step37_kernels import dispatch, implementations  # noqa: F401  (makes the k
 from step37_kernels.dispatch import Target
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
 from step37_kernels.formats import fp8_block, nvfp4
+from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
+from step37_kernels.reference.linear import linear
 from step37_kernels.reference.rotary import cos_sin_cache
 from step37_kernels.reference.route import route
 from step37_kernels.reference.shared_expert import shared_expert
@@ -56,7 +58,10 @@ def run_checks(target: Target) -> list[Check]:
     checks = [_check("route", "-", target, _route(device))]
     for weights in (_bf16(), _fp8(), _nvfp4()):
         checks.append(_check("experts", weights.format, target, _experts(weights, device)))
-    checks.append(_check("shared_expert", "-", target, _shared(device)))
+    checks.append(_check("activation", "bf16", target, _activation(device)))
+    checks.append(_check("linear", "fp8", target, _linear(device)))
+    for kind in ("bf16", "fp8"):
+        checks.append(_check("shared_expert", kind, target, _shared(kind, device)))
     for cache in (torch.bfloat16, torch.float8_e4m3fn):
         name = "bf16" if cache == torch.bfloat16 else "fp8"
         checks.append(_check("prologue", f"{name} cache", target, _prologue(cache, device)))
@@ -113,12 +118,26 @@ def _experts(weights: ExpertWeights, device: torch.device) -> _Run:
     )
 
 
-def _shared(device: torch.device) -> _Run:
+def _activation(device: torch.device) -> _Run:
+    gate_up = torch.randn(TOKENS, 2 * SIZE).bfloat16().to(device)
+    return lambda chosen: (chosen(gate_up, 1.0), swiglu_step(gate_up.float(), 1.0))
+
+
+def _linear(device: torch.device) -> _Run:
+    weight = fp8_block.quantize_rows((torch.randn(SIZE, HIDDEN) * HIDDEN**-0.5).to(device))
+    hidden, _, _ = _batch(device)
+    return lambda chosen: (chosen(hidden, chosen.prepare(weight)), linear(hidden.float(), weight))
+
+
+def _shared(kind: str, device: torch.device) -> _Run:
     hidden, _, _ = _batch(device)
     w13 = (torch.randn(2 * SIZE, HIDDEN) * HIDDEN**-0.5).bfloat16().to(device)
     w2 = (torch.randn(HIDDEN, SIZE) * SIZE**-0.5).bfloat16().to(device)
-    arguments = (hidden, w13, w2, 1.0)
-    return lambda chosen: (chosen(*arguments).float().sum(0), shared_expert(*arguments)[0])
+    up, down = (fp8_block.quantize_rows(w) if kind == "fp8" else w for w in (w13, w2))
+    return lambda chosen: (
+        chosen(hidden, chosen.prepare(up), chosen.prepare(down), 1.0).float().sum(0),
+        shared_expert(hidden, up, down, 1.0)[0],
+    )
 
 
 def _cache(kind: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

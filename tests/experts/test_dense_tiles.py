@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from step37_kernels.experts.tiles import GemmTile, bf16, fp8, fp8_bf16, shared
+from step37_kernels.experts.tiles import (
+    GemmTile,
+    SharedTiles,
+    bf16,
+    fp8,
+    fp8_bf16,
+    shared,
+    shared_fp8,
+)
 
 EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
 Policy = Callable[[int, int, int, int, int], tuple[GemmTile, GemmTile]]
@@ -51,11 +59,14 @@ def test_a_small_grid_takes_smaller_tiles(
     assert policy(64 * TOP_K, EXPERTS, 320, HIDDEN, 90)[0].block_n == 128
 
 
+@pytest.mark.parametrize("policy", [shared, shared_fp8])
 @pytest.mark.parametrize("size", [1280, 640, 320, 160, 128, 48])
-def test_the_shared_expert_is_cut_evenly_and_only_where_it_is_small(size: int) -> None:
+def test_the_shared_expert_is_cut_evenly_and_only_where_it_is_small(
+    size: int, policy: Callable[[int, int, int, int], SharedTiles]
+) -> None:
     for arch in ARCHITECTURES:
         for tokens in (0, 1, 16, 17, 64, 65, 8192):
-            chosen = shared(tokens, size, HIDDEN, arch)
+            chosen = policy(tokens, size, HIDDEN, arch)
             assert HIDDEN % (chosen.parts * chosen.gate_up.block_k) == 0
             assert size % chosen.splits == 0
             if chosen.splits > 1:
@@ -63,7 +74,7 @@ def test_the_shared_expert_is_cut_evenly_and_only_where_it_is_small(size: int) -
             if tokens > 64:
                 assert chosen.parts == chosen.splits == 1
             assert chosen.gate_up.block_rows * chosen.parts <= 128
-    one = shared(1, size, HIDDEN, 90)
+    one = policy(1, size, HIDDEN, 90)
     if size % 128 == 0:  # as many programs as half the SMs at the least
         assert 2 * size // 64 * one.parts >= 66 or one.parts == 8
         assert HIDDEN // one.down.block_n * one.splits >= 66

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from step37_kernels.experts.shared_expert import shared_expert
+from step37_kernels.expert_weights import BF16Experts
+from step37_kernels.experts.shared_expert import prepare, shared_expert
 from step37_kernels.experts.tiles import GemmTile, SharedTiles
+from step37_kernels.formats.fp8_block import FP8BlockTensor, quantize_rows
+from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import counted
+from step37_kernels.reference.shared_expert import shared_expert as reference
 from tests.experts.bounds import expect
 from tests.experts.dense_layers import bf16_experts
 
@@ -21,17 +25,37 @@ def expert(hidden: int, size: int) -> tuple[Tensor, Tensor]:
     return experts.w13[0], experts.w2[0]
 
 
+def fp8_expert(hidden: int, size: int) -> tuple[FP8BlockTensor, FP8BlockTensor]:
+    """The same in FP8, rows differing in size."""
+    w13, w2 = expert(hidden, size)
+    sizes = torch.rand(2 * size, 1).mul(3).exp2() / 3
+    return quantize_rows(w13.float() * sizes), quantize_rows(w2.float() * sizes[:1])
+
+
+def on(device: torch.device, weight: Tensor | FP8BlockTensor) -> Tensor | FP8Words:
+    """One matrix as the kernels read it."""
+    held = prepare(weight)
+    if isinstance(held, Tensor):
+        return held.to(device)
+    return FP8Words(*(t.to(device) for t in (held.words, held.scale, held.arrived)))
+
+
 def check(
-    device: torch.device, x: Tensor, w13: Tensor, w2: Tensor, limit: float | None,
+    device: torch.device,
+    x: Tensor,
+    w13: Tensor | FP8BlockTensor,
+    w2: Tensor | FP8BlockTensor,
+    limit: float | None,
     tiles: SharedTiles | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run it and hold the sum of its parts against the routed layer's bound; the parts."""
     with counted() as launches:
-        parts = shared_expert(x.to(device), w13.to(device), w2.to(device), limit, tiles).cpu()
+        parts = shared_expert(x.to(device), on(device, w13), on(device, w2), limit, tiles).cpu()
     assert len(launches) == 2
     ones, first = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int32)
-    held = bf16_experts(1, 16, 16)
-    held = type(held)(w13[None], w2[None])
+    # FP8 rows, whose scales are powers of two, are exact in bf16.
+    exact = (w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in (w13, w2))
+    held = BF16Experts(*(w[None] for w in exact))
     # One expert with weight 1: its two roundings of the result are one here, or none.
     expected = expect(x, held, ones, first, limit)
     assert parts.dtype == (torch.float32 if len(parts) > 1 else torch.bfloat16)
@@ -56,6 +80,29 @@ def test_every_way_to_split_is_within_the_bound(
     if limit == 0.5:
         free = shared_expert(x.to(device), w13.to(device), w2.to(device), None, tiles).cpu()
         assert (free.sum(0) - got.sum(0)).norm() > 0.05 * got.sum(0).norm()
+
+
+@pytest.mark.parametrize(
+    ("parts", "splits", "size"), [(1, 1, 160), (2, 5, 160), (4, 2, 64), (1, 2, 64)]
+)
+def test_fp8_weights_split_and_whole(
+    device: torch.device, parts: int, splits: int, size: int
+) -> None:
+    torch.manual_seed(size + parts)
+    tiles = SharedTiles(WHOLE.gate_up, GemmTile(16, 128, 32, 4, 3), parts, splits)
+    check(device, torch.randn(21, 256).bfloat16(), *fp8_expert(256, size), 0.5, tiles)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_the_tiles_for_fp8_weights(device: torch.device, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    hidden = 1024 if tokens == 1 else 272
+    weights = fp8_expert(hidden, 64)
+    parts = check(device, torch.randn(tokens, hidden).bfloat16(), *weights, None)
+    assert (len(parts) == 1) == (tokens == 70)
+    x = torch.randn(tokens, hidden).bfloat16()
+    plain = reference(x, *(w.dequantize(torch.float32) for w in weights), 1.0)
+    assert torch.equal(reference(x, *weights, 1.0), plain)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 70])
@@ -113,6 +160,8 @@ def test_bad_input_is_refused_before_a_launch() -> None:
             shared_expert(x, meta(48, 64), meta(64, 24), None)
         with pytest.raises(ValueError, match="limit is -2"):
             shared_expert(x, w13, w2, -2)
+        with pytest.raises(ValueError, match="w13 and w2 are in different formats"):
+            shared_expert(x, w13, prepare(quantize_rows(torch.ones(64, 32))), None)
         with pytest.raises(ValueError, match="w2 is on cpu, expected meta"):
             shared_expert(x, w13, torch.zeros(64, 32, dtype=torch.bfloat16), None)
     assert not launches

@@ -28,7 +28,7 @@ from step37_kernels.checks import ceil_div, require
 from step37_kernels.launch import launch
 
 _LOG2_E = 1.4426950408889634
-_MAX_QUERIES = 8
+MAX_QUERIES = 8
 _FP16_MAX = tl.constexpr(65504.0)
 _RAISE = tl.constexpr(15.0)  # exponent added to fp16 probabilities: 2^15 is within fp16
 _PIECES = 64  # pieces merged at a time: at batch 1 a sequence has hundreds
@@ -144,8 +144,8 @@ def verify(
     """
     require("q", q, (None, None, None, None), (torch.bfloat16,))
     drafts = q.shape[1]
-    if not 2 <= drafts <= _MAX_QUERIES:
-        raise ValueError(f"q has {drafts} drafts a sequence, expected 2 to {_MAX_QUERIES}")
+    if not 2 <= drafts <= MAX_QUERIES:
+        raise ValueError(f"q has {drafts} drafts a sequence, expected 2 to {MAX_QUERIES}")
     if window is not None and window < drafts:
         raise ValueError(f"window is {window}, expected None or at least the {drafts} drafts")
     if tree_mask is not None:
@@ -298,7 +298,7 @@ def _visible(key, length, first_key, flags, first, QUERIES: tl.constexpr, WINDOW
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "max_pages", "num_pages", "workers"])
 def decode_split_kernel(
     q, k_cache, v_cache, page_table, seq_lens, tree_mask, partial, stats,
     score_factor, batch, max_pages, table_stride, num_pages, workers,
@@ -432,7 +432,7 @@ def _attend_blocks(
     return maximum, tl.sum(total, 0), out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "max_len", "workers"])
 def decode_merge_kernel(
     partial, stats, seq_lens, head_gate, out, lse,
     v_factor, batch, max_len, workers,

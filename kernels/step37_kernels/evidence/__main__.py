@@ -17,21 +17,21 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from step37_kernels.evidence import attention_cases, expert_cases
+from step37_kernels.evidence import attention_cases, expert_cases, linear_cases
 from step37_kernels.evidence.limits import Case, Finding, examine, launched
 
 
 def all_cases() -> list[Case]:
     """Every shipped configuration, both architectures."""
-    return [*expert_cases.cases(), *attention_cases.cases()]
+    return [*expert_cases.cases(), *linear_cases.cases(), *attention_cases.cases()]
 
 
 def quick(cases: list[Case]) -> set[int]:
-    """The first case of every kernel on every architecture."""
-    seen: dict[tuple[int, str], int] = {}
+    """The first case of every kernel on every architecture, by the first word of its name."""
+    seen: dict[tuple[int, str, str], int] = {}
     for index, case in enumerate(cases):
         for name in launched(case):
-            seen.setdefault((case.arch, name), index)
+            seen.setdefault((case.arch, name, case.name.split()[0]), index)
     return set(seen.values())
 
 

@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 
+from step37_kernels.activation import activation
 from step37_kernels.evidence.limits import Case, Limits
 from step37_kernels.experts.activations import quantize
 from step37_kernels.experts.combine import combine
 from step37_kernels.experts.sort import sort, sort_and_prepare
 from step37_kernels.route import route
 
-EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
+EXPERTS, HIDDEN, TOP_K, DENSE = 288, 4096, 8, 11264
 
 ROUTE = Limits(
     "32 experts x 16 tokens are too few rows for wgmma; the gate is 2 MB, read once",
@@ -60,6 +61,9 @@ def _of(arch: int) -> Iterator[Case]:
             partial(combine, parts, ids, EXPERTS, 0, shared),
             {},
         )
+    for tokens in (1, 8192):
+        gate_up = meta(tokens, 2 * DENSE)
+        yield Case(f"activation, {tokens} tokens", arch, partial(activation, gate_up, None), {})
     for size, offset in ((1280, 0), (320, 64), (160, 96)):
         rows, ids = meta(512, size), meta(64, TOP_K, dtype=torch.int32)
         yield Case(

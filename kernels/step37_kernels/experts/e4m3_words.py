@@ -71,6 +71,31 @@ def widen(words, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def weight_tile(
+    rows,
+    step,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """bf16 [BLOCK_N, BLOCK_K] of the columns from step * BLOCK_K on, zeros from column SIZE on.
+
+    rows [BLOCK_N] point at column 0 of bf16, or with WORDS at int32 words of `formats.fp8_words`,
+    which `widen` brings into the order of their columns.
+    """
+    PACK: tl.constexpr = 4 if WORDS else 1
+    at = step * (BLOCK_K // PACK) + tl.arange(0, BLOCK_K // PACK)
+    if SIZE % BLOCK_K == 0:
+        w = tl.load(rows[:, None] + at[None, :])
+    else:
+        w = tl.load(rows[:, None] + at[None, :], mask=(at < SIZE // PACK)[None, :], other=0)
+    if WORDS:
+        w = widen(w, BLOCK_N, BLOCK_K)
+    return w
+
+
+@triton.jit
 def word_column(position):
     """Which column of the weights stands at a position of what `widen` returns; both from 0."""
     in_word = position // 8 % 2 * 2 + position % 2

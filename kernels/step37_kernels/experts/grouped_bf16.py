@@ -14,6 +14,7 @@ from torch import Tensor
 
 from step37_kernels.checks import ceil_div, require
 from step37_kernels.expert_weights import BF16Experts
+from step37_kernels.experts.e4m3_words import weight_tile
 from step37_kernels.experts.epilogue import store_activated, store_weighted
 from step37_kernels.experts.gemm_arguments import (
     check_device,
@@ -39,22 +40,22 @@ def sum_over_columns(
     acc,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr = False,
 ):
     """acc [BLOCK_N, BLOCK_ROWS] plus the product over SIZE columns.
 
-    weight_rows [BLOCK_N] and token_rows [BLOCK_ROWS] point at column 0 of rows of bf16; tokens
-    where `valid` is false count as zeros.
+    weight_rows [BLOCK_N] point at column 0 as `weight_tile` takes them, token_rows [BLOCK_ROWS] at
+    rows of bf16; tokens where `valid` is false count as zeros.
     """
     k = tl.arange(0, BLOCK_K)
     for step in range(0, tl.cdiv(SIZE, BLOCK_K)):
         at = step * BLOCK_K + k
+        w = weight_tile(weight_rows, step, SIZE, acc.shape[0], BLOCK_K, WORDS)
         if SIZE % BLOCK_K == 0:
-            w = tl.load(weight_rows[:, None] + at[None, :])
             x = tl.load(token_rows[:, None] + at[None, :], mask=valid[:, None], other=0.0)
         else:
-            inside = (at < SIZE)[None, :]
-            w = tl.load(weight_rows[:, None] + at[None, :], mask=inside, other=0.0)
-            x = tl.load(token_rows[:, None] + at[None, :], mask=valid[:, None] & inside, other=0.0)
+            inside = valid[:, None] & (at < SIZE)[None, :]
+            x = tl.load(token_rows[:, None] + at[None, :], mask=inside, other=0.0)
         acc = tl.dot(w, tl.trans(x), acc)
     return acc
 

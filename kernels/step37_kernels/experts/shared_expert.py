@@ -1,9 +1,11 @@
-"""The shared expert: every token's, always BF16, in at most two launches and one for each product.
+"""The shared expert: every token's, in at most two launches and one for each product.
 
 For few tokens one expert's weights are too few tiles for all SMs, so both sums are split: gate-up
 writes fp32 sums over parts of K; down adds them in a fixed order while it reads them, applies the
 activation, and writes fp32 sums over parts of N, which whoever sums the experts adds. For many
 tokens nothing is split, and the intermediate is written once in bf16.
+
+Weights are BF16, or FP8 with a scale per row, which becomes bf16 in registers (`e4m3_words`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from step37_kernels.arch import arch_of
 from step37_kernels.checks import ceil_div, require
+from step37_kernels.experts.e4m3_words import weight_tile
 from step37_kernels.experts.epilogue import swiglu_step
 from step37_kernels.experts.gemm_arguments import (
     check_device,
@@ -24,7 +27,9 @@ from step37_kernels.experts.gemm_arguments import (
 )
 from step37_kernels.experts.grouped_bf16 import sum_over_columns
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
-from step37_kernels.experts.tiles import GemmTile, SharedTiles, shared
+from step37_kernels.experts.tiles import GemmTile, SharedTiles, shared, shared_fp8
+from step37_kernels.formats.fp8_block import FP8BlockTensor
+from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import launch
 
 _BF16 = (torch.bfloat16,)
@@ -34,6 +39,7 @@ _BF16 = (torch.bfloat16,)
 def shared_gate_up_kernel(
     x,
     w13,
+    w13_scale,
     out,
     tokens,
     limit,
@@ -41,6 +47,7 @@ def shared_gate_up_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,10 +58,13 @@ def shared_gate_up_kernel(
     valid = token < tokens
     channels, half, channel = gate_up_rows(tl.program_id(0), N, BLOCK_N)
     SLICE: tl.constexpr = K // PARTS
-    weight_rows = w13 + (half * N + channel) * K + part * SLICE
+    PACK: tl.constexpr = 4 if WORDS else 1
+    weight_rows = w13 + (half * N + channel) * (K // PACK) + part * (SLICE // PACK)
     token_rows = x + token.to(tl.int64) * K + part * SLICE
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-    acc = sum_over_columns(weight_rows, token_rows, valid, acc, SLICE, BLOCK_K)
+    acc = sum_over_columns(weight_rows, token_rows, valid, acc, SLICE, BLOCK_K, WORDS)
+    if WORDS:
+        acc *= tl.load(w13_scale + half * N + channel)[:, None]
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     stored = valid[None, :] & (channels < N)[:, None]
     target = token.to(tl.int64)[None, :] * N + channels[:, None]
@@ -84,6 +94,7 @@ def _activated(sums, at, inside, tokens, limit, HAS_LIMIT: tl.constexpr, N: tl.c
 def shared_down_kernel(
     source,
     w2,
+    w2_scale,
     out,
     tokens,
     limit,
@@ -92,6 +103,7 @@ def shared_down_kernel(
     K: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,30 +114,47 @@ def shared_down_kernel(
     valid = token < tokens
     channels = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     SLICE: tl.constexpr = N // SPLITS
-    weight_rows = w2 + tl.minimum(channels, K - 1) * N + split * SLICE
+    PACK: tl.constexpr = 4 if WORDS else 1
+    held = tl.minimum(channels, K - 1)
+    weight_rows = w2 + held * (N // PACK) + split * (SLICE // PACK)
     rows = token.to(tl.int64) * N + split * SLICE
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     if PARTS == 1:
-        acc = sum_over_columns(weight_rows, source + rows, valid, acc, SLICE, BLOCK_K)
+        acc = sum_over_columns(weight_rows, source + rows, valid, acc, SLICE, BLOCK_K, WORDS)
     else:
         k = tl.arange(0, BLOCK_K)
-        for first in range(0, SLICE, BLOCK_K):
-            column = (first + k)[None, :]
+        for step in range(0, tl.cdiv(SLICE, BLOCK_K)):
+            w = weight_tile(weight_rows, step, SLICE, BLOCK_N, BLOCK_K, WORDS)
+            column = (step * BLOCK_K + k)[None, :]
             if SLICE % BLOCK_K == 0:
-                w, inside = tl.load(weight_rows[:, None] + column), valid[:, None]
+                inside = valid[:, None]
             else:
-                w = tl.load(weight_rows[:, None] + column, mask=column < SLICE, other=0.0)
                 inside = valid[:, None] & (column < SLICE)
             at = rows[:, None] + column
             h = _activated(source, at, inside, tokens, limit, HAS_LIMIT, N, PARTS)
             acc = tl.dot(w, tl.trans(h.to(tl.bfloat16)), acc)
+    if WORDS:
+        acc *= tl.load(w2_scale + held)[:, None]
     target = (split * tokens.to(tl.int64) + token)[None, :] * K + channels[:, None]
     stored = valid[None, :] & (channels < K)[:, None]
     tl.store(out + target, acc.to(out.dtype.element_ty), mask=stored)
 
 
+def prepare(weight: Tensor | FP8BlockTensor) -> Tensor | FP8Words:
+    """One of the two matrices as the kernels read it: BF16 as it is, FP8 laid out anew.
+
+    Raises:
+        ValueError: FP8 weights that `FP8Words.pack` refuses.
+    """
+    return FP8Words.pack(weight) if isinstance(weight, FP8BlockTensor) else weight
+
+
 def shared_expert(
-    hidden: Tensor, w13: Tensor, w2: Tensor, limit: float | None, tiles: SharedTiles | None = None
+    hidden: Tensor,
+    w13: Tensor | FP8Words,
+    w2: Tensor | FP8Words,
+    limit: float | None,
+    tiles: SharedTiles | None = None,
 ) -> Tensor:
     """down(swiglu_step(gate(x), up(x))) of every token, as parts that are still to be added.
 
@@ -134,10 +163,10 @@ def shared_expert(
 
     Args:
         hidden: bf16 [T, K]; K and N are multiples of 16.
-        w13: bf16 [2N, K], the gate's rows above the up projection's.
-        w2: bf16 [K, N].
+        w13: [2N, K], the gate's rows above the up projection's; bf16, or FP8 as `prepare` returns.
+        w2: [K, N], in the same format.
         limit: the shared expert's own clamp of `swiglu_step`; None or 0 is none.
-        tiles: None takes those of `tiles.shared`.
+        tiles: None takes those of `tiles.shared` or `tiles.shared_fp8`.
 
     Returns:
         [S, T, K]; the result is the sum over S. fp32 where S is more than 1; bf16, the sum rounded
@@ -148,36 +177,55 @@ def shared_expert(
     """
     require("hidden", hidden, (None, None), _BF16, contiguous=True)
     tokens, size = hidden.shape
-    require("w13", w13, (None, size), _BF16, contiguous=True)
+    (up_rows, up_scale), (down_rows, down_scale) = (
+        _of(n, w) for n, w in (("w13", w13), ("w2", w2))
+    )
+    if w13.shape[1] != size:
+        raise ValueError(f"w13 has shape {list(w13.shape)}, expected [any, {size}]")
     if w13.shape[0] % 2:
         raise ValueError(f"w13 has {w13.shape[0]} rows, expected an even number (gate above up)")
     channels = w13.shape[0] // 2
-    require("w2", w2, (size, channels), _BF16, contiguous=True)
+    if w2.shape != (size, channels):
+        raise ValueError(f"w2 has shape {list(w2.shape)}, expected {[size, channels]}")
+    words = isinstance(w13, FP8Words)
+    if isinstance(w2, FP8Words) != words:
+        raise ValueError("w13 and w2 are in different formats, expected both BF16 or both FP8")
     check_sizes(size, channels)
-    check_device("w13", w13, hidden.device)
-    check_device("w2", w2, hidden.device)
+    check_device("w13", up_rows, hidden.device)
+    check_device("w2", down_rows, hidden.device)
     clamp = check_limit(limit)
-    chosen = tiles or shared(tokens, channels, size, arch_of(hidden))
+    choose = shared_fp8 if words else shared
+    chosen = tiles or choose(tokens, channels, size, arch_of(hidden))
     if chosen.parts == 1:
         between = hidden.new_empty((tokens, channels))
     else:
         between = hidden.new_empty((chosen.parts, 2, tokens, channels), dtype=torch.float32)
     kind = torch.bfloat16 if chosen.splits == 1 else torch.float32
     out = hidden.new_empty((chosen.splits, tokens, size), dtype=kind)
-    options = {"N": channels, "K": size, "PARTS": chosen.parts, "HAS_LIMIT": clamp > 0}
+    options = {
+        "N": channels, "K": size, "PARTS": chosen.parts, "HAS_LIMIT": clamp > 0, "WORDS": words
+    }  # fmt: skip
     launch(
         shared_gate_up_kernel,
         _grid(2 * channels, tokens, chosen.parts, chosen.gate_up),
-        hidden, w13, between, tokens, clamp,
+        hidden, up_rows, up_scale, between, tokens, clamp,
         **options, **tile_options(chosen.gate_up),
     )  # fmt: skip
     launch(
         shared_down_kernel,
         _grid(size, tokens, chosen.splits, chosen.down),
-        between, w2, out, tokens, clamp,
+        between, down_rows, down_scale, out, tokens, clamp,
         **options, SPLITS=chosen.splits, **tile_options(chosen.down),
     )  # fmt: skip
     return out
+
+
+def _of(name: str, weight: Tensor | FP8Words) -> tuple[Tensor, Tensor | None]:
+    """What a kernel is given of a matrix: its elements or words, and its scales."""
+    if isinstance(weight, FP8Words):
+        return weight.words, weight.scale
+    require(name, weight, (None, None), _BF16, contiguous=True)
+    return weight, None
 
 
 def _grid(rows: int, tokens: int, parts: int, tile: GemmTile) -> tuple[int, int, int]:

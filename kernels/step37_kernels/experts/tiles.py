@@ -26,7 +26,7 @@ class GemmTile:
     num_stages: int
 
 
-_SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
+SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
 
 
 def _rows_for(rows_per_expert: float) -> int:
@@ -55,7 +55,7 @@ def nvfp4(
         arch: 90 for sm_90 and so on.
     """
     block_rows = _rows_for(pairs / num_experts)
-    if not _warpgroup_products(arch):
+    if not warpgroup_products(arch):
         # The expanded weights pass through shared memory there, which is smaller as well.
         block_rows = min(block_rows, 64)
     columns = -(-intermediate_size // 64) * 64
@@ -103,7 +103,7 @@ def nvfp4_nvfp4(
     return tile(hidden_size), tile(intermediate_size)
 
 
-def _warpgroup_products(arch: int) -> bool:
+def warpgroup_products(arch: int) -> bool:
     """Whether there are wgmma or tcgen05, which take weights from where they were expanded."""
     return 90 <= arch < 120
 
@@ -113,9 +113,9 @@ def _nvfp4_tile(block_rows: int, rows: int, columns: int, blocks: int, arch: int
     # 128 columns where they divide: half the loop's fixed cost of a slab.
     block_k = 128 if columns % 128 == 0 else 64
     # 128 rows take 2.8 instructions a weight, 64 rows 3.3; but every SM has to have work.
-    fills = rows // 128 * blocks >= _SM_COUNT.get(arch, 148)
+    fills = rows // 128 * blocks >= SM_COUNT.get(arch, 148)
     block_n = 128 if rows % 128 == 0 and fills else 64
-    if not _warpgroup_products(arch):
+    if not warpgroup_products(arch):
         # Tokens are an operand in registers as well: 64 of them beside 128 x 128 weights spill.
         block_n = 64 if block_rows == 64 and block_k == 128 else block_n
         return GemmTile(block_rows, block_n, block_k, num_warps=4, num_stages=3)
@@ -141,7 +141,7 @@ def bf16(
     def tile(rows: int, columns: int) -> GemmTile:
         # 64 columns of bf16 are one line of the swizzled shared memory; 160 are no multiple of it.
         block_k = 64 if columns % 64 == 0 else 32
-        if not _warpgroup_products(arch):
+        if not warpgroup_products(arch):
             return GemmTile(block_rows, 64, block_k, num_warps=4, num_stages=3)
         if block_rows == 128 and arch == 90 and rows % 256 == 0:
             # Twice the products for each byte that leaves shared memory.
@@ -180,14 +180,14 @@ def shared(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> 
         intermediate_size, hidden_size: N and K of this rank.
         arch: 90 for sm_90 and so on.
     """
-    sms = _SM_COUNT.get(arch, 148)
+    sms = SM_COUNT.get(arch, 148)
     block_rows = next((rows for rows in (16, 32, 64) if tokens <= rows), 128)
     if block_rows == 128:
         up, down = bf16(tokens, 1, intermediate_size, hidden_size, arch)
         return SharedTiles(up, down, 1, 1)
     # 64 rows of weights a program, the fewest that a wgmma takes: the most programs.
     deep = 6 if block_rows <= 32 else 4
-    stages = deep if _warpgroup_products(arch) else 3
+    stages = deep if warpgroup_products(arch) else 3
     up = GemmTile(block_rows, 64, 64, 4, stages)
     # Every program of down reads all parts of its channels again: tokens * parts <= 128 keeps that
     # near the weights' bytes, from L2, and two buffers of a step's parts within 64 KB.
@@ -205,6 +205,34 @@ def shared(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> 
     return SharedTiles(up, down, parts, splits)
 
 
+def shared_fp8(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> SharedTiles:
+    """Tiles and splits of the shared expert with FP8 weights; arguments as for `shared`.
+
+    Cut as with BF16 weights, but in longer steps where they divide: half the bytes, fewer
+    instructions a weight. 32 columns of FP8 are a sector of memory.
+    """
+    chosen = shared(tokens, intermediate_size, hidden_size, arch)
+    if not warpgroup_products(arch):
+        return chosen
+    if chosen.gate_up.block_rows == 128:
+        # Weights pass through registers: 8 warps for 128 x 128, and two programs an SM, of which
+        # one expands while the other multiplies.
+        up, down = (
+            GemmTile(128, min(t.block_n, 128), t.block_k, 8 if t.block_n >= 128 else 4, 4)
+            for t in (chosen.gate_up, chosen.down)
+        )
+        return replace(chosen, gate_up=up, down=down)
+    up, down = chosen.gate_up, chosen.down
+    if hidden_size % (128 * chosen.parts) == 0:
+        up = replace(up, block_k=128)
+    # From 32 rows of tokens on the parts that are added take the registers; on sm_100, where a
+    # thread holds whole rows, Triton 3.8 spills with 16 as well.
+    divides = intermediate_size % (64 * chosen.splits) == 0
+    if divides and down.block_rows == 16 and arch < 100:
+        down = replace(down, block_k=64)
+    return replace(chosen, gate_up=up, down=down)
+
+
 def fp8(
     pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
 ) -> tuple[GemmTile, GemmTile]:
@@ -212,7 +240,7 @@ def fp8(
     block_rows, blocks = _dense_rows(pairs, num_experts, arch)
 
     def tile(rows: int, block_k: int, is_down: bool) -> GemmTile:
-        if not _warpgroup_products(arch):
+        if not warpgroup_products(arch):
             return GemmTile(block_rows, 64, block_k, num_warps=4, num_stages=3)
         block_n = _dense_block_n(rows, blocks, arch)
         if block_rows <= 32:
@@ -239,7 +267,7 @@ def fp8_bf16(
     block_rows, blocks = _dense_rows(pairs, num_experts, arch)
 
     def tile(rows: int, block_k: int) -> GemmTile:
-        if not _warpgroup_products(arch):
+        if not warpgroup_products(arch):
             return GemmTile(block_rows, 64, 64, num_warps=4, num_stages=3)
         block_n = _dense_block_n(rows, blocks, arch)
         if block_rows <= 32:
@@ -256,14 +284,14 @@ def fp8_bf16(
 def _dense_rows(pairs: int, num_experts: int, arch: int) -> tuple[int, int]:
     """block_rows, and the most blocks that the batch can need."""
     block_rows = _rows_for(pairs / num_experts)
-    if not _warpgroup_products(arch):
+    if not warpgroup_products(arch):
         block_rows = min(block_rows, 64)  # sm_89 and sm_120 have 99 KB of shared memory
     return block_rows, most_blocks(pairs, num_experts, block_rows)
 
 
 def _dense_block_n(rows: int, blocks: int, arch: int) -> int:
     """128 rows of weights share a token tile; 64 where they are left over or SMs would idle."""
-    fills = rows // 128 * blocks >= _SM_COUNT.get(arch, 148)
+    fills = rows // 128 * blocks >= SM_COUNT.get(arch, 148)
     return 128 if rows % 128 == 0 and fills else 64
 
 

@@ -121,6 +121,39 @@ def quantize(weight: Tensor, block_size: tuple[int, int] = (128, 128)) -> FP8Blo
     return FP8BlockTensor(data[..., :rows, :cols].contiguous(), scale, (block_rows, block_cols))
 
 
+_LEAST_ROW_SCALE = 2.0**-117  # a subnormal code times it is still a normal bf16
+
+
+def quantize_rows(weight: Tensor) -> FP8BlockTensor:
+    """Quantise with one scale per row, the least power of two that keeps the row within 448.
+
+    e4m3 is a floating-point format: its error is relative, so finer scales gain nothing until
+    numbers 2^14 times smaller than the largest count. Powers of two make data * scale exact in
+    bf16, so that whoever expands the weights to bf16 has the very weights of a kernel that scales
+    its sums.
+
+    Args:
+        weight: floating point [N, K].
+
+    Returns:
+        blocks of [1, K]; the scale of a row of zeros is 1.
+
+    Raises:
+        ValueError: weight is not a floating point matrix, is empty or holds NaN or infinity.
+    """
+    require_floating("weight", weight)
+    require("weight", weight, (None, None))
+    if weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [N, K], not empty")
+    amax = weight.abs().amax(1, keepdim=True).float()
+    if not bool(amax.isfinite().all()):
+        raise ValueError("weight holds NaN or infinity, which FP8 rows cannot store")
+    fraction, exponent = torch.frexp(e4m3_scale(amax))  # 0.5 <= fraction < 1
+    scale = torch.ldexp(torch.ones_like(amax), exponent - (fraction == 0.5).int())
+    scale = scale.clamp(min=_LEAST_ROW_SCALE)
+    return FP8BlockTensor(to_e4m3(weight.float() / scale), scale, (1, weight.shape[1]))
+
+
 def check_block_size(block_size: tuple[int, int]) -> tuple[int, int]:
     """Return `block_size` as (rows, columns).
 

@@ -126,7 +126,7 @@ def attend(
     v_cache: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
-    query_lens: Tensor | None,
+    query_lens: Tensor | int | None,
     softmax_scale: float,
     window: int | None,
     k_scale: float = 1.0,
@@ -151,7 +151,8 @@ def attend(
         page_table: int [B, max_pages]; page p is the slots p * page_size and following, so with
             pages of one slot it is the slot of each position.
         seq_lens: int [B], keys of each sequence, the new ones included.
-        query_lens: int [B], queries of each sequence; they add up to Tq. None is one each.
+        query_lens: int [B], queries of each sequence; they add up to Tq. A number is that many
+            each, None is one each.
         softmax_scale: multiplies the scores, normally D^-0.5.
         window: number of keys a query sees at most; None is all.
         head_gate: [Tq, Hq] logits or None; each head's output is multiplied by their sigmoid.
@@ -168,7 +169,8 @@ def attend(
     require("v_cache", v_cache, k_cache.shape)
     require("page_table", page_table, (None, None))
     require("seq_lens", seq_lens, (page_table.shape[0],))
-    query_lens = torch.ones_like(seq_lens) if query_lens is None else query_lens
+    if query_lens is None or isinstance(query_lens, int):
+        query_lens = torch.full_like(seq_lens, 1 if query_lens is None else query_lens)
     require("query_lens", query_lens, (page_table.shape[0],))
     if num_heads % k_cache.shape[1]:
         raise ValueError(f"q has {num_heads} heads, expected a multiple of {k_cache.shape[1]}")
