@@ -3,63 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from step37_ext.model.forward import LayerCache, Paging, attend_cached
 from step37_ext.server_facts import device_target
 from step37_kernels import dispatch
 from step37_kernels.attention.pages import PAGE_SIZES
 from step37_kernels.reference.attention import write_cache
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.attention.verify_mask import VerifyMask
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
 @dataclass(frozen=True)
-class Paging:
-    """Where one batch's keys are in one of the two cache pools.
+class GraphTables:
+    """What captured passes read.
 
     Attributes:
-        page_table: int32 `[B, pages]`.
-        new_slots: int `[T]`, where this step's keys go.
+        full, sliding: page tables `[max_bs, pages]` of the two pools.
+        sliding_slots: the sliding pool's slots `[tokens]`.
+        seq_lens: int32 `[max_bs]`, lengths with the drafts.
     """
-
-    page_table: torch.Tensor
-    new_slots: torch.Tensor
-
-
-@dataclass(frozen=True)
-class GraphTables:
-    """Page tables `[max_bs, pages]` of the two pools, and the sliding pool's slots `[tokens]`."""
 
     full: torch.Tensor
     sliding: torch.Tensor
     sliding_slots: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's cache and this step's place in it, as the operations take them.
-
-    Attributes:
-        query_lens: int `[B]`, or None where every sequence has one query.
-        window: keys that a query sees at most, itself among them; None is all.
-    """
-
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    paging: Paging
-    page_size: int
     seq_lens: torch.Tensor
-    query_lens: torch.Tensor | None
-    window: int | None
-    k_scale: float
-    v_scale: float
 
 
 class Step37AttentionBackend(AttentionBackend):
@@ -81,7 +58,7 @@ class Step37AttentionBackend(AttentionBackend):
         self.full: Paging | None = None
         self.sliding: Paging | None = None
         self.seq_lens = torch.empty(0)
-        self.query_lens: torch.Tensor | None = None
+        self.query_lens: torch.Tensor | int | None = None
         self.graph: GraphTables | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -92,16 +69,19 @@ class Step37AttentionBackend(AttentionBackend):
         if isinstance(self.pool, SWAKVPool):
             translate = self.pool.translate_loc_from_full_to_swa
             self.sliding = Paging(self._pages(translate(slots)), translate(new))
-        self._set_lengths(forward_batch)
+        drafts = _drafts_to_count(forward_batch)
+        self.seq_lens = forward_batch.seq_lens + drafts if drafts else forward_batch.seq_lens
+        self.query_lens = _query_lens(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Make the tables that every captured graph reads; `max_num_tokens` is `max_bs` here."""
+        """Make the tables that every captured graph reads, for that many sequences and tokens."""
         pages = -(-self.req_to_token.shape[1] // self.page_size)
         new = self.req_to_token.new_zeros
         self.graph = GraphTables(
             new((max_bs, pages), dtype=torch.int32),
             new((max_bs, pages), dtype=torch.int32),
             new((max_num_tokens,), dtype=torch.int64),
+            new((max_bs,), dtype=torch.int32),
         )
 
     def init_forward_metadata_out_graph(
@@ -115,7 +95,8 @@ class Step37AttentionBackend(AttentionBackend):
             self.req_to_token.is_cuda and torch.cuda.is_current_stream_capturing()
         )
         width = self.req_to_token.shape[1] if recorded else self._longest(forward_batch)
-        slots = self._first_slots(forward_batch, width)
+        # SGLang may hand over buffers that are longer than the batch.
+        slots = self._first_slots(forward_batch, width)[:size]
         new = forward_batch.out_cache_loc
         pages = self._pages(slots)
         tables.full[:size, : pages.shape[1]] = pages
@@ -127,10 +108,29 @@ class Step37AttentionBackend(AttentionBackend):
             # A replay has as many rows as were captured: padding goes to SGLang's dummy slot.
             tables.sliding_slots[len(new) :].zero_()
             self.sliding = Paging(tables.sliding[:size], tables.sliding_slots[: len(new)])
-        self._set_lengths(forward_batch)
+        self.query_lens = _query_lens(forward_batch)
+        self.seq_lens = forward_batch.seq_lens[:size]
+        if isinstance(self.query_lens, int):
+            lengths = self.seq_lens + _drafts_to_count(forward_batch)
+            # A padding row's length is that of one token, and it has as many queries as the others.
+            self.seq_lens = tables.seq_lens[:size].copy_(lengths.clamp(min=self.query_lens))
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
+
+    @cached_property
+    def verify_mask(self) -> VerifyMask:
+        """Drafts are one chain, each of which sees those before it, so no mask is read."""
+        from sglang.srt.layers.attention.verify_mask import VerifyMask
+        from sglang.srt.speculative.eagle_utils import TreeMaskMode
+
+        # Without a place for any batch SGLang makes the smallest mask that it has.
+        return VerifyMask(torch.empty(0), TreeMaskMode.QLEN_ONLY, max_bs=0, is_read=False)
+
+    def update_verify_buffers_to_fill_after_draft(
+        self, spec_info: Any, cuda_graph_bs: int | None
+    ) -> None:
+        """Nothing that is made before a verification depends on the drafts."""
 
     def layer_cache(self, layer: RadixAttention) -> LayerCache:
         """What the operations of one layer need in this pass."""
@@ -189,36 +189,22 @@ class Step37AttentionBackend(AttentionBackend):
     def _longest(self, forward_batch: ForwardBatch) -> int:
         """The longest sequence, of the lengths that SGLang has on the host: no wait."""
         lengths = forward_batch.seq_lens_cpu
-        lengths = forward_batch.seq_lens if lengths is None else lengths
-        return int(lengths.max()) if lengths.numel() else 0
-
-    def _set_lengths(self, forward_batch: ForwardBatch) -> None:
-        mode = forward_batch.forward_mode
-        if forward_batch.spec_info is not None:
-            raise ValueError(f"attention backend step37 does not verify drafts (mode {mode.name})")
-        self.seq_lens = forward_batch.seq_lens
-        self.query_lens = None if mode.is_decode_or_idle() else forward_batch.extend_seq_lens
+        if lengths is None:
+            return self.req_to_token.shape[1]
+        return int(lengths.max()) + _drafts_to_count(forward_batch) if lengths.numel() else 0
 
 
-def attend_cached(
-    attend: dispatch.Implementation,
-    q: torch.Tensor,
-    cache: LayerCache,
-    scaling: float,
-    head_gate: torch.Tensor | None,
-) -> torch.Tensor:
-    """The operation `attend` over a layer's cache: q `[T, Hq, D]` to `[T, Hq * D]`."""
-    return attend(
-        q,
-        cache.k_cache,
-        cache.v_cache,
-        cache.paging.page_table,
-        cache.seq_lens,
-        cache.query_lens,
-        scaling,
-        cache.window,
-        k_scale=cache.k_scale,
-        v_scale=cache.v_scale,
-        head_gate=head_gate,
-        page_size=cache.page_size,
-    )
+def _drafts_to_count(forward_batch: ForwardBatch) -> int:
+    """Drafts of each sequence that SGLang's lengths leave out: those that are being verified."""
+    verified = forward_batch.forward_mode.is_target_verify()
+    return forward_batch.spec_info.draft_token_num if verified else 0
+
+
+def _query_lens(forward_batch: ForwardBatch) -> torch.Tensor | int | None:
+    """As `LayerCache.query_lens`: drafts are as many for each sequence, known on the host."""
+    mode = forward_batch.forward_mode
+    if mode.is_decode_or_idle():
+        return None
+    if mode.is_target_verify() or mode.is_draft_extend_v2():
+        return forward_batch.spec_info.num_tokens_per_req
+    return forward_batch.extend_seq_lens

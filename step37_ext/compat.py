@@ -14,7 +14,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from step37_ext.seams import SEAMS, Seam
+from step37_ext.seam import Seam
+from step37_ext.seams import SEAMS
 from step37_ext.sglang_source import NotFound, SglangSource
 
 OLDEST = "0.5.20"

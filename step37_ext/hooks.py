@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,33 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
+from step37_ext.checkpoint.headers import read_json
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
-from step37_ext.quantization import Step37QuantConfig, check_flag, checkpoint_format
+from step37_ext.graph_checks import graph_defaults
+from step37_ext.model.dense_weights import dense_format
+from step37_ext.quantization import (
+    CheckpointFormat,
+    Step37QuantConfig,
+    check_flag,
+    checkpoint_format,
+)
+from step37_ext.server_facts import MOE_RUNNER, moe_runner
 from step37_ext.start_checks import (
     ATTENTION_BACKEND,
-    FP8_CAPABILITY,
     MTP,
     MULTIMODAL,
     Parallel,
     check_architecture,
     check_cache_type,
     check_config,
+    check_drafts,
+    check_moe_runner,
     check_refused_arguments,
     check_tensors,
     chosen_attention_backends,
     default_attention_backend,
     default_max_requests,
 )
-from step37_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 MODEL_IMPL = "step37"
 
@@ -38,7 +46,7 @@ def is_ours(config: Any) -> bool:
 
 
 def is_draft(model_config: Any) -> bool:
-    """Whether a model config is that of the MTP layers, which SGLang's own class serves."""
+    """Whether a model config is that of the MTP layers."""
     return model_config.hf_config.architectures == [MTP]
 
 
@@ -47,52 +55,66 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     cfg = resolving_view(server_args)
     if not is_ours(cfg):
+        check_others_runner(cfg)
         return
     check_refused_arguments(cfg)
+    dense_format()  # or a wrong one would stop the ranks while they load
+    check_moe_runner(cfg)
+    drafts = check_drafts(cfg)
     capability = gpu_capability(cfg.device)
     defaults: dict[str, Any] = graph_defaults(cfg, capability)
+    if drafts:  # SGLang does so for the name EAGLE only
+        defaults["enable_multi_layer_eagle"] = True
+    if cfg.moe_runner_backend == "auto":
+        defaults["moe_runner_backend"] = MOE_RUNNER
     chosen = chosen_attention_backends(cfg)
     backend = default_attention_backend(cfg)
     if backend is not None and cfg.device != "cpu" and not chosen:
         defaults["attention_backend"] = backend
     if ATTENTION_BACKEND in chosen or (backend is not None and not chosen):
         check_cache_type(cfg, capability)
-        if (most := default_max_requests(cfg)) is not None:
+        # SGLang has a number of its own for drafts, which is smaller.
+        if (most := default_max_requests(cfg)) is not None and not drafts:
             defaults["max_running_requests"] = most
-    if cfg.model_loader_extra_config in (None, "", "{}", {}):
+    reads_weights = cfg.load_format != "dummy"
+    if reads_weights and cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
         defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
     declare_resolution(server_args, MODEL_IMPL, **defaults)
     folder = folder_with_configs(cfg.model_path, cfg.revision)
     if folder is not None:
-        checked = check_config(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization)
-        if folder == Path(cfg.model_path):  # a repository's weights may still have to be fetched
+        checked = check_config(folder, Parallel(cfg.tp_size, cfg.ep_size), cfg.quantization, drafts)
+        # A repository's weights may still have to be fetched.
+        if reads_weights and folder == Path(cfg.model_path):
             check_tensors(folder, checked)
+
+
+def check_others_runner(config: Any) -> None:
+    """The MoE runner "step37" is the expert layer of our model and no other's.
+
+    Raises:
+        ValueError: a start without `--model-impl step37` asks for it.
+    """
+    if config.moe_runner_backend == MOE_RUNNER:
+        raise ValueError(
+            f"--moe-runner-backend {MOE_RUNNER} needs --model-impl {MODEL_IMPL} "
+            f"(here {config.model_impl!r})"
+        )
+
+
+def refuse_runner_core(config: Any) -> Any:
+    """Factory of SGLang's seam for MoE runners, which our own expert layer does not pass through.
+
+    Raises:
+        ValueError: always; only another model's expert layer could ask for it.
+    """
+    raise ValueError(f"--moe-runner-backend {MOE_RUNNER} needs --model-impl {MODEL_IMPL}")
 
 
 def gpu_capability(device: str) -> tuple[int, int] | None:
     """Compute capability of the first GPU; None where there is none."""
     has_gpu = device == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability() if has_gpu else None
-
-
-def graph_defaults(config: Any, capability: tuple[int, int] | None) -> dict[str, Any]:
-    """Which CUDA graphs a start gets.
-
-    The kernels can be recorded; some reference operations read numbers on the host, which no graph
-    can: they run in another type than bfloat16, before sm_89 with FP8, and for the cache of a
-    server whose backends differ. Prefill's graphs would need tables that ours does not keep.
-    """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    chosen = set(chosen_attention_backends(config))
-    kernels = (
-        config.device == "cuda"
-        and forced in (None, "", "triton")
-        and config.dtype in ("auto", "bfloat16")
-        and (capability is None or capability >= FP8_CAPABILITY)
-        and (ATTENTION_BACKEND not in chosen or len(chosen) == 1)
-    )
-    return {"disable_prefill_cuda_graph": True} if kernels else {"disable_cuda_graph": True}
 
 
 def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -106,10 +128,15 @@ def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
 
 def model_architecture(original: Callable, model_config: Any) -> tuple[type, str]:
     """Around `get_model_architecture`: our classes under `--model-impl step37`."""
-    if not is_ours(model_config) or is_draft(model_config):
+    if not is_ours(model_config):
         return original(model_config)
-    check_architecture(model_config.hf_config.architectures)
+    if not is_draft(model_config):
+        check_architecture(model_config.hf_config.architectures)
     _, architecture = original(model_config)  # which also notes its choice in the config
+    if architecture == MTP:
+        from step37_ext.model.mtp import Step37MTP
+
+        return Step37MTP, architecture
     if architecture == MULTIMODAL:
         from step37_ext.model.multimodal import Step37ForConditionalGeneration
 
@@ -121,18 +148,28 @@ def model_architecture(original: Callable, model_config: Any) -> tuple[type, str
 
 def quantization_config(original: Callable, model_config: Any, load_config: Any) -> Any:
     """Around `_get_quantization_config`: stock refuses float32, and FP8 and NVFP4 off its GPUs."""
-    if not is_ours(model_config) or is_draft(model_config):
+    if not is_ours(model_config):
         return original(model_config, load_config)
     folder = local_folder(model_config.model_path, model_config.revision)
+    if is_draft(model_config):  # in BF16 whatever the experts' format is, with the model's cache
+        config = model_config.hf_config if folder is None else read_json(folder / "config.json")
+        fp8_cache = checkpoint_format(config, folder).fp8_kv_cache
+        return Step37QuantConfig(CheckpointFormat("bf16", True)) if fp8_cache else None
     checkpoint = checkpoint_format(model_config.hf_config, folder)
     check_flag(model_config.quantization, checkpoint.weights)
-    return None if checkpoint.weights == "bf16" else Step37QuantConfig(checkpoint)
+    if checkpoint.weights == "bf16":
+        return None
+    # Only SGLang's own expert layer needs its configuration, and may refuse type or GPU then.
+    stock = None if moe_runner() == MOE_RUNNER else original(model_config, load_config)
+    return Step37QuantConfig(checkpoint, stock)
 
 
 def quantized_moe_compatibility(original: Callable, *, model_config: Any, **sizes: Any) -> None:
     """Around stock's refusal of shards that are not whole 128-blocks: ours need not be."""
-    if not is_ours(model_config):
-        original(model_config=model_config, **sizes)
+    ours = is_ours(model_config)
+    if ours and (is_draft(model_config) or moe_runner() == MOE_RUNNER):
+        return  # drafts have no routed experts
+    original(model_config=model_config, **sizes)
 
 
 def cpu_padding(original: Callable, model_config: Any, load_config: Any, tp_size: int) -> Any:
@@ -147,3 +184,11 @@ def attention_backend(runner: Any) -> Any:
     from step37_ext.attention_backend import Step37AttentionBackend
 
     return Step37AttentionBackend(runner)
+
+
+def draft_extend_backend(original: Callable, factory: Any) -> Any:
+    """Around the choice of the attention backend for drafts: with ours, the runner's own."""
+    from step37_ext.attention_backend import Step37AttentionBackend
+
+    backend = factory.draft_model_runner.attn_backend
+    return backend if isinstance(backend, Step37AttentionBackend) else original(factory)

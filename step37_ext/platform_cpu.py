@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "step37_cpu"
 
@@ -47,6 +51,20 @@ class Step37CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from step37_ext.drafts_on_cpu import extend_cache_locs
+
+        return extend_cache_locs
+
+    def get_speculative_worker_cls(self, algorithm: str) -> None:
+        """None is SGLang's own worker, whose operations get what they lack on a CPU."""
+        from step37_ext.drafts_on_cpu import install
+
+        install()
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False

@@ -43,11 +43,15 @@ def _register() -> None:
 
 
 def _register_seams() -> None:
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.choices import (
+        add_attention_backend_choices,
+        add_moe_runner_backend_choices,
+    )
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.configs.step3p5 import Step3p5Config
     from sglang.srt.configs.step3p7 import Step3p7Config
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.layers.moe.moe_runner.runner import register_moe_runner_core
     from transformers import AutoConfig
 
     from step37_ext import hooks
@@ -61,8 +65,10 @@ def _register_seams() -> None:
 
     register_attention_backend("step37")(hooks.attention_backend)
     add_attention_backend_choices(["step37"])
+    register_moe_runner_core("step37", hooks.refuse_runner_core)
+    add_moe_runner_backend_choices(["step37"])
 
-    _around(
+    around(
         # The public registry of model classes does not know --model-impl.
         (f"{MODEL_LOADER}.utils.get_model_architecture", hooks.model_architecture),
         # The public table of quantisations is read before --model-impl, and refuses float32.
@@ -78,10 +84,15 @@ def _register_seams() -> None:
             "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
             hooks.cpu_padding,
         ),
+        # SGLang's list of attention backends that may extend drafts is not open to others.
+        (
+            "sglang.srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend",
+            hooks.draft_extend_backend,
+        ),
     )
 
 
-def _around(*wrappers: tuple[str, Any]) -> None:
+def around(*wrappers: tuple[str, Any]) -> None:
     """Wrap each target, and see that it was: SGLang only logs a target that has moved."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

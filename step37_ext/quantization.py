@@ -124,12 +124,16 @@ class Step37QuantConfig(QuantizationConfig):
 
     Attributes:
         weights: "fp8" or "nvfp4".
+        stock: SGLang's own configuration, where one of its MoE runners was chosen.
         kv_cache_quant_algo: "FP8" if the checkpoint asks for an FP8 KV cache; SGLang reads it for
             `--kv-cache-dtype auto`.
     """
 
-    def __init__(self, checkpoint: CheckpointFormat) -> None:
+    def __init__(
+        self, checkpoint: CheckpointFormat, stock: QuantizationConfig | None = None
+    ) -> None:
         super().__init__()
+        self.stock = stock
         self.weights = checkpoint.weights
         self.kv_cache_quant_algo = "FP8" if checkpoint.fp8_kv_cache else None
 

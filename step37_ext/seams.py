@@ -4,40 +4,8 @@
 that every import of SGLang in the package is on it.
 """
 
-from dataclasses import dataclass
-
-from packaging.version import Version
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One SGLang name and how it is used; with neither `call` nor `takes` it only has to exist.
-
-    call: we call it, with these parameters: "name" passed by position, "name=" by keyword.
-    takes: we stand in for it (a hook, an override), and our function takes exactly these, starred
-        as in a signature; a "**name" at the end also takes what is not listed.
-    since, before: the SGLang versions in which it is used, the first and the first no longer.
-    """
-
-    target: str
-    why: str
-    call: tuple[str, ...] | None = None
-    takes: tuple[str, ...] | None = None
-    since: str | None = None
-    before: str | None = None
-
-    def applies_to(self, version: Version) -> bool:
-        """Whether the package uses this seam with that SGLang."""
-        return not (
-            (self.since is not None and version < Version(self.since))
-            or (self.before is not None and version >= Version(self.before))
-        )
-
-
-def _names(owner: str, why: str, *names: str) -> tuple[Seam, ...]:
-    """Attributes of one owner that only have to exist."""
-    return tuple(Seam(f"{owner}.{name}", why) for name in names)
-
+from step37_ext.draft_seams import DRAFTS
+from step37_ext.seam import Seam, attributes
 
 SRT = "sglang.srt"
 LAYERS = f"{SRT}.layers"
@@ -71,7 +39,9 @@ REGISTRATION = (
             "attention_backend=",
             "disable_cuda_graph=",
             "disable_prefill_cuda_graph=",
+            "enable_multi_layer_eagle=",
             "max_running_requests=",
+            "moe_runner_backend=",
             "model_loader_extra_config=",
         ),
     ),
@@ -89,6 +59,15 @@ REGISTRATION = (
         f"{SRT}.arg_groups.choices.add_attention_backend_choices",
         "makes its name valid in --attention-backend",
     ),
+    Seam(
+        f"{LAYERS}.moe.moe_runner.runner.register_moe_runner_core",
+        "registers the MoE runner's name",
+        call=("backend_name", "factory"),
+    ),
+    Seam(
+        f"{SRT}.arg_groups.choices.add_moe_runner_backend_choices",
+        "makes its name valid in --moe-runner-backend",
+    ),
     Seam(f"{SRT}.configs.step3p5.Step3p5Config", "registered with transformers"),
     Seam(f"{SRT}.configs.step3p7.Step3p7Config", "registered with transformers"),
 )
@@ -100,6 +79,7 @@ ARGUMENTS = tuple(
         "exec_.ExecGraph": (
             "disable_cuda_graph",
             "disable_prefill_cuda_graph",
+            "cuda_graph_config",
             "cuda_graph_backend_decode",
             "cuda_graph_backend_prefill",
         ),
@@ -108,8 +88,14 @@ ARGUMENTS = tuple(
             "prefill_attention_backend",
             "decode_attention_backend",
         ),
-        "exec_.ExecMoe": ("moe_a2a_backend", "ep_num_redundant_experts", "enable_eplb"),
+        "exec_.ExecMoe": (
+            "moe_runner_backend",
+            "moe_a2a_backend",
+            "ep_num_redundant_experts",
+            "enable_eplb",
+        ),
         "exec_.ExecOverlap": ("enable_two_batch_overlap",),
+        "disagg.Disagg": ("enable_pdmux",),
         "lora.Lora": ("enable_lora",),
         "model.Model": (
             "model_path",
@@ -117,6 +103,7 @@ ARGUMENTS = tuple(
             "model_impl",
             "quantization",
             "model_loader_extra_config",
+            "load_format",
             "dtype",
             "kv_cache_dtype",
         ),
@@ -132,9 +119,20 @@ ARGUMENTS = tuple(
             "enable_layernorm_sp",
         ),
         "schedule.Schedule": ("max_total_tokens", "max_running_requests"),
-        "spec.Spec": ("speculative_algorithm",),
+        "spec.Spec": (
+            "speculative_algorithm",
+            "speculative_num_steps",
+            "speculative_eagle_topk",
+            "speculative_draft_model_path",
+            "speculative_draft_attention_backend",
+            "speculative_draft_kv_cache_dtype",
+            "speculative_use_rejection_sampling",
+            "enable_multi_layer_eagle",
+        ),
     }.items()
-    for seam in _names(f"{SRT}.arg_groups.fields.{owner}", "a server argument read or set", *names)
+    for seam in attributes(
+        f"{SRT}.arg_groups.fields.{owner}", "a server argument read or set", *names
+    )
 )
 
 HOOKED = (
@@ -185,8 +183,10 @@ RUNTIME = (
         "the running backend, which knows the batch's place in the cache",
         call=(),
     ),
-    *_names(f"{SRT}.model_executor.model_runner", "gives the cache to the backend", "ModelRunner"),
-    *_names(
+    *attributes(
+        f"{SRT}.model_executor.model_runner", "gives the cache to the backend", "ModelRunner"
+    ),
+    *attributes(
         BATCH,
         "what a batch tells the attention backend",
         "forward_mode",
@@ -198,12 +198,12 @@ RUNTIME = (
         "out_cache_loc",
         "spec_info",
     ),
-    *_names(
+    *attributes(
         f"{SRT}.model_executor.forward_batch_info.ForwardMode",
         "what the attention backend asks of a batch",
         "is_decode_or_idle",
     ),
-    *_names(
+    *attributes(
         f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool",
         "where the attention backend reads and writes",
         "get_key_buffer",
@@ -256,12 +256,64 @@ MODEL = (
         call=("input_size", "output_size", "bias=", "gather_output=", "quant_config=", "prefix="),
     ),
     Seam(
+        f"{SRT}.model_loader.loader._post_load_weights",
+        "calls the method of that name of a model whose weights are made up",
+        before="0.5.21",
+    ),
+    Seam(
+        f"{SRT}.model_loader.loader.post_load_weights",
+        "calls the method of that name of a model whose weights are made up",
+        since="0.5.21",
+    ),
+    Seam(
         f"{EMBEDDING}.VocabParallelEmbedding",
         "token embedding",
         call=("num_embeddings", "embedding_dim"),
     ),
     Seam(
         f"{EMBEDDING}.ParallelLMHead", "output embedding", call=("num_embeddings", "embedding_dim")
+    ),
+    Seam(f"{LAYERS}.moe.utils.get_moe_runner_backend", "which MoE runner the user chose", call=()),
+    Seam(
+        f"{LAYERS}.moe.ep_moe.layer.get_moe_impl_class",
+        "SGLang's expert layer, for one of its runners",
+        call=("quant_config",),
+    ),
+    Seam(
+        f"{LAYERS}.moe.fused_moe_triton.layer.FusedMoE",
+        "SGLang's expert layer, for one of its runners",
+        call=(
+            "num_experts=",
+            "top_k=",
+            "layer_id=",
+            "hidden_size=",
+            "intermediate_size=",
+            "quant_config=",
+            "prefix=",
+            "routing_method_type=",
+            "gemm1_clamp_limit=",
+        ),
+    ),
+    Seam(
+        f"{LAYERS}.moe.fused_moe_triton.layer.FusedMoE.forward",
+        "runs it",
+        call=("hidden_states", "topk_output"),
+    ),
+    Seam(
+        f"{LAYERS}.moe.fused_moe_triton.layer.FusedMoE.weight_loader",
+        "loads one expert into it",
+        call=("param", "loaded_weight", "weight_name", "shard_id=", "expert_id="),
+    ),
+    Seam(f"{LAYERS}.moe.topk.StandardTopKOutput", "our router's choice, as that layer takes it"),
+    *attributes(
+        f"{LAYERS}.moe.topk.StandardTopKOutput",
+        "our router's choice, as that layer takes it",
+        "topk_weights",
+        "topk_ids",
+        "router_logits",
+    ),
+    Seam(
+        f"{LAYERS}.moe.utils.RoutingMethodType.Renormalize", "what SGLang's own model class passes"
     ),
     Seam(
         f"{LAYERS}.logits_processor.LogitsProcessor",
@@ -282,7 +334,7 @@ MODEL = (
             "prefix=",
         ),
     ),
-    *_names(
+    *attributes(
         f"{LAYERS}.radix_attention.RadixAttention",
         "what a layer tells the attention backend",
         "k_scale_float",
@@ -303,7 +355,7 @@ MODEL = (
     ),
     Seam(f"{SRT}.managers.schedule_batch.MultimodalDataItem", "one picture of a request"),
     Seam(f"{MULTIMODAL}.get_image_feature", "called once per picture", takes=("items",)),
-    *_names(MULTIMODAL, "inherited", "forward", "pad_input_ids"),
+    *attributes(MULTIMODAL, "inherited", "forward", "pad_input_ids"),
 )
 
 OVERRIDDEN = (
@@ -342,6 +394,11 @@ OVERRIDDEN = (
         call=(),
     ),
     Seam(f"{LINEAR}.LinearBase", "tells a linear layer from others"),
+    Seam(
+        f"{QUANTIZATION}.LinearMethodBase.apply",
+        "multiplies by FP8 weights where they were opted in",
+        takes=("layer", "x", "bias"),
+    ),
     Seam(f"{SRT}.platforms.cpu.CpuDeviceMixin", "base of the CPU platform"),
     Seam(f"{PLATFORM}.apply_server_args_defaults", "binds ranks to cores", takes=("server_args",)),
     Seam(f"{PLATFORM}.get_default_attention_backend", "our backend's name", takes=()),
@@ -350,4 +407,4 @@ OVERRIDDEN = (
     Seam(f"{SRT}.platforms.device_mixin.PlatformEnum.OOT", "the kind of the platform"),
 )
 
-SEAMS = REGISTRATION + ARGUMENTS + HOOKED + RUNTIME + MODEL + OVERRIDDEN
+SEAMS = REGISTRATION + ARGUMENTS + HOOKED + RUNTIME + MODEL + OVERRIDDEN + DRAFTS

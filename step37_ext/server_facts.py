@@ -5,15 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.runtime_context import attention_backends, get_model
 
 from step37_ext.checkpoint.location import local_folder
 from step37_kernels.dispatch import Target
 
+MOE_RUNNER = "step37"
+"""`--moe-runner-backend` of this package's expert layer."""
+
 
 def attention_backend_names() -> tuple[str, str]:
     """Names of the attention backends for prefill and for decode."""
     return attention_backends()
+
+
+def moe_runner() -> str:
+    """Name of the MoE runner: this package's, or the one of SGLang's that the user chose."""
+    return get_moe_runner_backend().value
 
 
 def checkpoint_folder() -> Path | None:

@@ -11,9 +11,12 @@ import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from packaging.version import Version
 
 from step37_ext.checkpoint.headers import INDEX_FILE, read_headers, read_json, weight_map
 from step37_ext.model.attention import ATTENTION_BACKEND
@@ -24,6 +27,8 @@ from step37_ext.model.tensors import (
     cache_scale,
     canonical_name,
     expected_tensors,
+    mtp_name,
+    mtp_tensors,
     skip_reason,
 )
 from step37_ext.quantization import CheckpointFormat, check_flag, checkpoint_format
@@ -33,6 +38,15 @@ logger = logging.getLogger(__name__)
 
 MULTIMODAL, TEXT, MTP = "Step3p7ForConditionalGeneration", "Step3p5ForCausalLM", "Step3p5MTP"
 ARCHITECTURES = (MULTIMODAL, TEXT)
+
+MTP_ALGORITHMS = ("EAGLE", "NEXTN")
+"""SGLang's names for drafts by the checkpoint's own layers."""
+
+DRAFTS_SINCE = "0.5.23"
+"""The first SGLang with which drafts were seen to work."""
+
+DEFAULT_DRAFTS = 3
+"""What SGLang sets --speculative-num-steps to for this model."""
 
 CACHE_TYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 FP8_CAPABILITY = (8, 9)
@@ -51,9 +65,15 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("enable_lora", "--enable-lora", (False, None)),
     ("enable_eplb", "--enable-eplb", (False, None)),
     ("enable_layernorm_sp", "--enable-layernorm-sp", (False, None)),
-    ("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled", "full")),
-    ("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill", (None, "disabled")),
+    # Two streams would count at the same places while they add up what FP8 layers split.
+    ("enable_pdmux", "--enable-pdmux", (False, None)),
 )
+
+_MOE_RUNNERS = (
+    *("auto", "step37", "triton", "marlin", "cutlass", "deep_gemm"),
+    *("flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutlass", "flashinfer_cutedsl"),
+)
+"""SGLang's others take no router's choice that was made outside of them."""
 
 
 def check_architecture(architectures: list[str] | None) -> str:
@@ -81,21 +101,81 @@ def check_refused_arguments(config: Any) -> None:
         value = getattr(config, name, off[0])
         if value not in off:
             raise ValueError(f"--model-impl step37 does not support {flag} (here {value!r})")
-    speculative = getattr(config, "speculative_algorithm", None)
-    backend = config.attention_backend or default_attention_backend(config)
-    if speculative and backend == ATTENTION_BACKEND:
+
+
+def check_moe_runner(config: Any) -> None:
+    """Check that the MoE runner can take the choice of our router.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if config.moe_runner_backend not in _MOE_RUNNERS:
         raise ValueError(
-            f"the attention backend {backend} does not support --speculative-algorithm "
-            f"(here {speculative!r})"
+            f"--moe-runner-backend is {config.moe_runner_backend}; --model-impl step37 takes "
+            f"{', '.join(_MOE_RUNNERS)}"
         )
 
 
+def check_drafts(config: Any) -> int:
+    """How many of the checkpoint's MTP layers draft: 0 without speculative decoding.
+
+    Raises:
+        ValueError: drafts of another kind, or in a way that is not supported, by flag and value.
+    """
+    if config.speculative_algorithm is None:
+        return 0
+    algorithm = config.speculative_algorithm.upper()  # as SGLang reads it
+    if Version(installed := version("sglang")) < Version(DRAFTS_SINCE):
+        raise ValueError(
+            f"--speculative-algorithm with --model-impl step37 needs SGLang {DRAFTS_SINCE} or "
+            f"later; this is SGLang {installed}"
+        )
+    pair = {config.prefill_attention_backend, config.decode_attention_backend} - {None}
+    if pair - {config.attention_backend}:
+        raise ValueError(
+            f"--speculative-algorithm {algorithm} needs one attention backend for prefill and "
+            f"decode, to be named in --attention-backend (here {' and '.join(sorted(pair))} apart)"
+        )
+    backend = config.attention_backend or default_attention_backend(config)
+    on_cpu = config.device == "cpu"
+    if backend != ATTENTION_BACKEND and on_cpu:
+        raise ValueError(
+            f"--speculative-algorithm {algorithm} on a CPU needs --attention-backend "
+            f"{ATTENTION_BACKEND}, here {backend}"
+        )
+    if backend != ATTENTION_BACKEND and algorithm not in MTP_ALGORITHMS:
+        return 0  # SGLang's own affair: drafts of another kind, verified by its own backend
+    for flag, value, allowed in (
+        ("--speculative-algorithm", algorithm, MTP_ALGORITHMS),
+        ("--speculative-eagle-topk", config.speculative_eagle_topk, (None, 1)),
+        (
+            "--speculative-draft-model-path",
+            config.speculative_draft_model_path,
+            (None, config.model_path),
+        ),
+        (
+            "--speculative-draft-attention-backend",
+            config.speculative_draft_attention_backend,
+            (None, backend),
+        ),
+        (
+            "--speculative-use-rejection-sampling",
+            config.speculative_use_rejection_sampling,
+            (False,) if on_cpu else (False, True),
+        ),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{flag} is {value}; drafts of --model-impl step37 are one chain of the "
+                "checkpoint's own MTP layers, for which it is left out or "
+                f"{' or '.join(str(x) for x in allowed if x is not None)}"
+            )
+    return DEFAULT_DRAFTS if config.speculative_num_steps is None else config.speculative_num_steps
+
+
 def default_attention_backend(config: Any) -> str | None:
-    """What stands in for a backend that the user did not choose: ours, which verifies no drafts."""
-    if config.device == "cpu":
-        return ATTENTION_BACKEND
-    drafts = config.speculative_algorithm is not None
-    return ATTENTION_BACKEND if config.device == "cuda" and not drafts else None
+    """What stands in for a backend that the user did not choose."""
+    return ATTENTION_BACKEND if config.device in ("cpu", "cuda") else None
 
 
 def default_max_requests(config: Any) -> int | None:
@@ -119,17 +199,19 @@ def check_cache_type(config: Any, capability: tuple[int, int] | None) -> None:
     Raises:
         ValueError: another type, or FP8 on a GPU that cannot convert it.
     """
-    asked = config.kv_cache_dtype
-    if asked not in CACHE_TYPES:
-        raise ValueError(
-            f"--kv-cache-dtype is {asked}; --attention-backend {ATTENTION_BACKEND} takes "
-            f"{', '.join(CACHE_TYPES)}"
-        )
-    if asked == "fp8_e4m3" and capability is not None and capability < FP8_CAPABILITY:
-        raise ValueError(
-            f"--kv-cache-dtype fp8_e4m3 needs sm_89 or later, this is sm_{capability[0]}"
-            f"{capability[1]}"
-        )
+    for flag, asked in (
+        ("--kv-cache-dtype", config.kv_cache_dtype),
+        ("--speculative-draft-kv-cache-dtype", config.speculative_draft_kv_cache_dtype),
+    ):
+        if asked is not None and asked not in CACHE_TYPES:
+            raise ValueError(
+                f"{flag} is {asked}; --attention-backend {ATTENTION_BACKEND} takes "
+                f"{', '.join(CACHE_TYPES)}"
+            )
+        if asked == "fp8_e4m3" and capability is not None and capability < FP8_CAPABILITY:
+            raise ValueError(
+                f"{flag} fp8_e4m3 needs sm_89 or later, this is sm_{capability[0]}{capability[1]}"
+            )
 
 
 def chosen_attention_backends(config: Any) -> tuple[str, ...]:
@@ -144,15 +226,25 @@ def chosen_attention_backends(config: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """What a checkpoint's config says about its tensors."""
+    """What a checkpoint's config says about its tensors.
+
+    Attributes:
+        mtp: the tensors of the MTP layers that draft.
+    """
 
     text: TextShape
     vision: VisionShape | None
     checkpoint: CheckpointFormat
+    mtp: dict[str, TensorSpec]
 
 
-def check_config(folder: Path, parallel: Parallel, quantization_flag: str | None) -> CheckedConfig:
+def check_config(
+    folder: Path, parallel: Parallel, quantization_flag: str | None, drafts: int = 0
+) -> CheckedConfig:
     """Check a checkpoint's config files, and how the model divides over ranks.
+
+    Args:
+        drafts: how many of its MTP layers draft.
 
     Raises:
         ValueError: the first thing that is wrong, by name.
@@ -161,14 +253,20 @@ def check_config(folder: Path, parallel: Parallel, quantization_flag: str | None
     architecture = check_architecture(config.get("architectures"))
     checkpoint = checkpoint_format(config, folder)
     check_flag(quantization_flag, checkpoint.weights)
-    text = TextShape.from_config(SimpleNamespace(**config.get("text_config", config)))
+    of_text = SimpleNamespace(**config.get("text_config", config))
+    text = TextShape.from_config(of_text)
     check_parallel(text, parallel, checkpoint.weights)
     vision = None
     if architecture == MULTIMODAL:
         nested = {key: SimpleNamespace(**config[key]) for key in ("text_config", "vision_config")}
         vision = VisionShape.from_config(SimpleNamespace(**(config | nested)))
         check_vision_heads(parallel.tp_size, vision.heads)
-    return CheckedConfig(text, vision, checkpoint)
+    mtp: dict[str, TensorSpec] = {}
+    if drafts:
+        with_mtp = TextShape.from_config(of_text, with_mtp=True)
+        for draft in range(drafts):
+            mtp |= mtp_tensors(with_mtp, with_mtp.mtp_layer(draft))
+    return CheckedConfig(text, vision, checkpoint, mtp)
 
 
 def check_tensors(folder: Path, checked: CheckedConfig) -> None:
@@ -179,9 +277,15 @@ def check_tensors(folder: Path, checked: CheckedConfig) -> None:
             shape or type, with its name, what is expected and the file; a name that nobody knows.
     """
     text = checked.text
-    expected = expected_tensors(text, checked.vision, checked.checkpoint.weights)
-    stored = {canonical_name(name): (name, h) for name, h in read_headers(folder).items()}
-    files = {canonical_name(name): file for name, file in (weight_map(folder) or {}).items()}
+    expected = expected_tensors(text, checked.vision, checked.checkpoint.weights) | checked.mtp
+    headers, mapping = read_headers(folder), weight_map(folder) or {}
+    stored = {mtp_name(canonical_name(name)): (name, h) for name, h in headers.items()}
+    files = {mtp_name(canonical_name(name)): file for name, file in mapping.items()}
+    if checked.mtp and not checked.mtp.keys() & stored.keys():
+        raise ValueError(
+            f"--speculative-algorithm: the checkpoint carries no MTP layers ({min(checked.mtp)} "
+            f"and others are not in {folder})"
+        )
     for name, spec in expected.items():
         if name not in stored:
             raise ValueError(missing_tensor(name, spec, files.get(name)))

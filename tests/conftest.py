@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_kernels import interpret
 
 if not torch.cuda.is_available():
     interpret.enable()  # before anything imports triton
-
-from step37_ext.checkpoint.make import make_tiny, random_checkpoint  # noqa: E402
-from step37_ext.checkpoint.spec import TINY  # noqa: E402
-from step37_ext.checkpoint.weight_format import WeightFormat  # noqa: E402
-
 
 # Begun first where several workers share the tests: what takes longest to set up.
 _FIRST = ("tests/checkpoint/test_trained.py", "tests/serving/", "tests/evidence/")
@@ -60,21 +58,39 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightFormat], P
     The first session on a machine trains the model, for up to three minutes; later ones find it
     in the user's cache.
     """
+    from step37_ext.checkpoint.make import make_tiny
+
     folders: dict[WeightFormat, Path] = {}
 
     def folder(weight_format: WeightFormat) -> Path:
         if weight_format not in folders:
             out = tmp_path_factory.mktemp("tiny") / weight_format
-            make_tiny(out, weight_format, quiet=True)
+            with _one_core():
+                make_tiny(out, weight_format, quiet=True)
             folders[weight_format] = out
         return folders[weight_format]
 
     return folder
 
 
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Threads of one training that share their cores with another worker's tests hardly advance."""
+    before = os.sched_getaffinity(0)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[WeightFormat, Path]:
     """Weight format -> folder of the small model before training, for tests of files and names."""
+    from step37_ext.checkpoint.make import random_checkpoint
+    from step37_ext.checkpoint.spec import TINY
+
     root = tmp_path_factory.mktemp("untrained")
     folders: dict[WeightFormat, Path] = {name: root / name for name in ("bf16", "fp8", "nvfp4")}
     for name, folder in folders.items():

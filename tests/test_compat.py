@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from packaging.version import Version
 
 from step37_ext import compat
-from step37_ext.seams import SEAMS, Seam
+from step37_ext.seam import Seam
+from step37_ext.seams import SEAMS
 from step37_ext.sglang_source import SglangSource
 
 PACKAGE = Path(compat.__file__).parent

@@ -47,6 +47,8 @@ def test_a_repository_is_checked_before_its_weights_are_there(cached, monkeypatc
             "attention_backend": None,
             "prefill_attention_backend": None,
             "decode_attention_backend": None,
+            "moe_runner_backend": "auto",
+            "load_format": "auto",
             "speculative_algorithm": None,
             "max_running_requests": None,
             "kv_cache_dtype": "auto",

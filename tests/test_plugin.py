@@ -6,9 +6,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt import plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from step37_ext import hooks, platform_cpu, plugin
+from step37_ext.model.mtp import Step37MTP
 from step37_ext.model.multimodal import Step37ForConditionalGeneration
 from step37_ext.model.text import Step37ForCausalLM
 
@@ -26,16 +28,19 @@ def choose(model_impl: str, architecture: str):
 def test_model_classes():
     assert choose("step37", "Step3p7ForConditionalGeneration") is Step37ForConditionalGeneration
     assert choose("step37", "Step3p5ForCausalLM") is Step37ForCausalLM
-    assert choose("step37", "Step3p5MTP") is Stock
+    assert choose("step37", "Step3p5MTP") is Step37MTP
     assert choose("auto", "Step3p7ForConditionalGeneration") is Stock
+    assert choose("auto", "Step3p5MTP") is Stock
     with pytest.raises(
         ValueError, match="supports the architectures Step3p7.*; this model is Llama"
     ):
         choose("step37", "LlamaForCausalLM")
 
 
-def test_other_model_impl_is_untouched():
-    other, ours = SimpleNamespace(model_impl="auto"), SimpleNamespace(model_impl="step37")
+def test_other_model_impl_is_untouched(monkeypatch, tmp_path):
+    other = SimpleNamespace(model_impl="auto")
+    served = SimpleNamespace(architectures=["Step3p7ForConditionalGeneration"])
+    ours = SimpleNamespace(model_impl="step37", hf_config=served)
     calls = []
 
     def stock(*args, **kwargs):
@@ -43,21 +48,37 @@ def test_other_model_impl_is_untouched():
         return "stock"
 
     draft = SimpleNamespace(
-        model_impl="step37", hf_config=SimpleNamespace(architectures=["Step3p5MTP"])
+        model_impl="step37",
+        model_path=str(tmp_path),
+        revision=None,
+        hf_config=SimpleNamespace(architectures=["Step3p5MTP"]),
     )
+    quant = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quant}))
     assert hooks.quantization_config(stock, other, None) == "stock"
-    assert hooks.quantization_config(stock, draft, None) == "stock"
     assert hooks.cpu_padding(stock, other, None, 2) == "stock"
     hooks.quantized_moe_compatibility(stock, model_config=other, tp_size=2)
-    assert len(calls) == 4
+    assert len(calls) == 3
+    # Drafts are BF16 and without experts, whatever the main model's are.
+    assert hooks.quantization_config(stock, draft, None) is None
+    quant["kv_cache_quant_algo"] = "FP8"  # their cache is the main model's, for which SGLang plans
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quant}))
+    config = hooks.quantization_config(stock, draft, None)
+    assert (config.weights, config.kv_cache_quant_algo) == ("bf16", "FP8")
+    hooks.quantized_moe_compatibility(stock, model_config=draft, tp_size=2)
+    assert len(calls) == 3
     assert hooks.cpu_padding(stock, ours, None, 2) is ours
+    monkeypatch.setattr(hooks, "moe_runner", lambda: "step37")
+    hooks.quantized_moe_compatibility(stock, model_config=ours, tp_size=2)
+    assert len(calls) == 3
+    monkeypatch.setattr(hooks, "moe_runner", lambda: "triton")  # its own layer, and its own limits
     hooks.quantized_moe_compatibility(stock, model_config=ours, tp_size=2)
     assert len(calls) == 4
 
 
 def test_a_target_that_has_moved_is_named():
     with pytest.raises(RuntimeError, match="sglang.srt.model_loader.utils.no_such_function"):
-        plugin._around(("sglang.srt.model_loader.utils.no_such_function", lambda original: None))
+        plugin.around(("sglang.srt.model_loader.utils.no_such_function", lambda original: None))
 
 
 def test_a_target_that_cannot_be_wrapped_is_named(monkeypatch):
@@ -65,7 +86,7 @@ def test_a_target_that_cannot_be_wrapped_is_named(monkeypatch):
     target = "sglang.srt.model_loader.utils.should_async_load"
     monkeypatch.setattr(HookRegistry, "_hooks", HookRegistry._hooks.copy())
     with pytest.raises(RuntimeError, match=f"{target} could not be wrapped"):
-        plugin._around((target, lambda original, *args: original(*args)))
+        plugin.around((target, lambda original, *args: original(*args)))
 
 
 class Arguments(SimpleNamespace):
@@ -81,11 +102,22 @@ class Arguments(SimpleNamespace):
                 "attention_backend": None,
                 "prefill_attention_backend": None,
                 "decode_attention_backend": None,
+                "moe_runner_backend": "auto",
+                "cuda_graph_config": None,
+                "cuda_graph_backend_decode": None,
+                "cuda_graph_backend_prefill": None,
+                "speculative_draft_kv_cache_dtype": None,
                 "speculative_algorithm": None,
+                "speculative_num_steps": None,
+                "speculative_eagle_topk": None,
+                "speculative_draft_model_path": None,
+                "speculative_draft_attention_backend": None,
+                "speculative_use_rejection_sampling": False,
                 "max_running_requests": None,
                 "kv_cache_dtype": "auto",
                 "dtype": "auto",
                 "model_loader_extra_config": "{}",
+                "load_format": "auto",
             }
             | fields
         )
@@ -111,7 +143,11 @@ def resolve(monkeypatch):
 
 def test_defaults_of_a_start(resolve):
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
-    ours = {"disable_cuda_graph": True, "max_running_requests": 512}
+    ours = {
+        "disable_cuda_graph": True,
+        "max_running_requests": 512,
+        "moe_runner_backend": "step37",
+    }
     assert resolve(hooks.check_start) == ours | streaming
     users = '{"num_threads": 4}'
     chosen = resolve(hooks.check_start, model_loader_extra_config=users)
@@ -126,6 +162,7 @@ def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch)
         "disable_prefill_cuda_graph": True,
         "attention_backend": "step37",
         "max_running_requests": 512,
+        "moe_runner_backend": "step37",
     }
     assert resolve(hooks.check_start, device="cuda") == kernels | streaming
     unlike = {"prefill_attention_backend": "fa3", "decode_attention_backend": "step37"}
@@ -137,7 +174,43 @@ def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch)
         resolve(hooks.check_start, device="cuda", kv_cache_dtype="fp8_e4m3")
 
 
+def test_a_format_that_dense_weights_do_not_have_stops_the_start(resolve, monkeypatch):
+    monkeypatch.setenv("STEP37_DENSE_WEIGHTS", "int4")
+    with pytest.raises(ValueError, match="STEP37_DENSE_WEIGHTS is 'int4', expected bf16 or fp8"):
+        resolve(hooks.check_start)
+    assert resolve(hooks.check_start, model_impl="auto") == {}
+
+
+def test_graphs_that_cannot_be_recorded_are_refused(resolve, monkeypatch):
+    """SGLang lets the JSON win over the flags, and the flags over what a default turns off."""
+    monkeypatch.delenv("STEP37_IMPL", raising=False)
+
+    def start(**fields):
+        return resolve(hooks.check_start, device="cuda", **fields)
+
+    assert start(cuda_graph_config={"decode": {"backend": "full"}})["disable_prefill_cuda_graph"]
+    assert start(cuda_graph_backend_prefill="disabled")["disable_prefill_cuda_graph"]
+    as_parsed = SimpleNamespace(to_dict=lambda: {"prefill": {"backend": "breakable"}})
+    for config in (as_parsed, {"prefill": {"backend": "full"}}):
+        with pytest.raises(ValueError, match="--cuda-graph-config asks for .* in prefill"):
+            start(cuda_graph_config=config)
+    with pytest.raises(ValueError, match="backend-decode asks for 'breakable' in decode"):
+        start(cuda_graph_backend_decode="breakable")
+    with pytest.raises(ValueError, match="backend-decode asks for 'full'.*allows 'disabled'"):
+        start(cuda_graph_backend_decode="full", dtype="float16")
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    with pytest.raises(ValueError, match="SGLANG_ENABLE_METADATA_GLUE_GRAPH is set"):
+        start()
+
+
+def test_a_runner_that_cannot_take_our_router_s_choice_is_refused(resolve):
+    with pytest.raises(ValueError, match="--moe-runner-backend is triton_kernel; .* triton, "):
+        resolve(hooks.check_start, moe_runner_backend="triton_kernel")
+
+
 def test_what_the_attention_kernels_do_not_take_is_refused(resolve):
+    with pytest.raises(ValueError, match="--speculative-draft-kv-cache-dtype is fp8_e5m2"):
+        resolve(hooks.check_start, device="cuda", speculative_draft_kv_cache_dtype="fp8_e5m2")
     with pytest.raises(ValueError, match="--max-running-requests is 513"):
         resolve(hooks.check_start, device="cuda", max_running_requests=513)
     assert "max_running_requests" not in resolve(hooks.check_start, max_running_requests=8)
@@ -147,12 +220,31 @@ def test_what_the_attention_kernels_do_not_take_is_refused(resolve):
     assert "max_running_requests" not in resolve(hooks.check_start, device="cuda", **other)
 
 
+def test_a_user_s_moe_runner_wins(resolve):
+    chosen = resolve(hooks.check_start, device="cuda", moe_runner_backend="flashinfer_trtllm")
+    assert "moe_runner_backend" not in chosen and chosen["attention_backend"] == "step37"
+
+
+def test_our_moe_runner_is_for_our_model(resolve):
+    sentence = "--moe-runner-backend step37 needs --model-impl step37"
+    with pytest.raises(ValueError, match=rf"{sentence} \(here 'auto'\)"):
+        resolve(hooks.check_start, model_impl="auto", moe_runner_backend="step37")
+    with pytest.raises(ValueError, match=sentence):
+        hooks.refuse_runner_core(None)
+
+
 @pytest.mark.parametrize("which", ["", "prefill_", "decode_"])
 def test_a_user_s_attention_backend_wins(resolve, which):
     chosen = resolve(hooks.check_start, device="cuda", **{f"{which}attention_backend": "fa3"})
     assert "attention_backend" not in chosen
-    drafting = resolve(hooks.check_start, device="cuda", speculative_algorithm="EAGLE")
-    assert "attention_backend" not in drafting
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_drafts_leave_the_number_of_requests_to_sglang(resolve, device):
+    drafting = resolve(hooks.check_start, device=device, speculative_algorithm="EAGLE")
+    assert "max_running_requests" not in drafting
+    assert drafting.get("attention_backend") == ("step37" if device == "cuda" else None)
+    assert drafting["enable_multi_layer_eagle"]  # which SGLang derives from the name EAGLE only
 
 
 def test_attention_backend_on_a_cpu(resolve):
@@ -169,6 +261,14 @@ def test_platform_is_only_there_when_selected(monkeypatch):
     monkeypatch.setenv("SGLANG_PLATFORM", "step37_cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert platform_cpu.activate() == "step37_ext.platform_cpu:Step37CpuPlatform"
+
+
+def test_the_plugin_stays_where_another_platform_is_selected(monkeypatch):
+    """SGLang drops the plug-ins of distributions that carry a platform which is not selected."""
+    monkeypatch.setenv("SGLANG_PLATFORM", "another")
+    dropped = plugins._get_excluded_dists()
+    assert "step37-cpu" in dropped
+    assert "step37" in plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP, dropped)
 
 
 def test_platform_defaults(monkeypatch):

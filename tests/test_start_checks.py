@@ -18,6 +18,7 @@ from step37_ext.start_checks import (
     Parallel,
     check_architecture,
     check_config,
+    check_drafts,
     check_refused_arguments,
     check_tensors,
 )
@@ -55,8 +56,10 @@ def rewrite(path: Path, edit) -> None:
     path.write_text(json.dumps(value))
 
 
-def check(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None) -> None:
-    check_tensors(folder, check_config(folder, parallel, flag))
+def check(
+    folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None, drafts: int = 0
+) -> None:
+    check_tensors(folder, check_config(folder, parallel, flag, drafts))
 
 
 def refusal(folder: Path, parallel: Parallel = ONE_RANK, flag: str | None = None) -> str:
@@ -209,13 +212,82 @@ def test_refused_arguments_are_server_arguments():
     assert names - known == set()
 
 
-@pytest.mark.parametrize("backend", [None, "step37"])
-def test_drafts_are_refused_on_our_attention_backend(backend):
-    drafting = arguments(speculative_algorithm="EAGLE", attention_backend=backend)
-    with pytest.raises(ValueError, match="step37 does not support --speculative-algorithm"):
-        check_refused_arguments(drafting)
-    drafting.attention_backend = "fa3"
-    check_refused_arguments(drafting)
+def drafting(**fields) -> SimpleNamespace:
+    defaults = {
+        "device": "cuda",
+        "model_path": "model",
+        "attention_backend": None,
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": None,
+        "speculative_eagle_topk": None,
+        "speculative_draft_model_path": None,
+        "speculative_draft_attention_backend": None,
+        "speculative_use_rejection_sampling": False,
+    }
+    return SimpleNamespace(**(defaults | fields))
+
+
+def test_drafts_that_are_served():
+    assert check_drafts(drafting(speculative_algorithm=None)) == 0
+    assert check_drafts(drafting()) == check_drafts(drafting(device="cpu")) == 3
+    assert check_drafts(drafting(speculative_algorithm="NEXTN", speculative_num_steps=2)) == 2
+    assert check_drafts(drafting(speculative_algorithm="eagle")) == 3
+    same = {"prefill_attention_backend": "fa3", "speculative_draft_attention_backend": "fa3"}
+    assert check_drafts(drafting(attention_backend="fa3", **same)) == 3
+    assert check_drafts(drafting(speculative_use_rejection_sampling=True)) == 3
+    assert check_drafts(drafting(attention_backend="fa3", speculative_algorithm="NGRAM")) == 0
+
+
+def test_drafts_that_are_refused_by_flag_and_value():
+    for fields, said in (
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm is NGRAM;.* EAGLE or NEXTN"),
+        ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk is 4;.* or 1"),
+        ({"speculative_draft_model_path": "other"}, "--speculative-draft-model-path is other;"),
+        ({"speculative_draft_attention_backend": "fa3"}, "draft-attention-backend is fa3;.*step37"),
+        ({"prefill_attention_backend": "fa3"}, r"one attention backend .* \(here fa3 apart\)"),
+        ({"device": "cpu", "attention_backend": "torch_native"}, "on a CPU .* here torch_native"),
+        ({"device": "cpu", "speculative_use_rejection_sampling": True}, "rejection-sampling is T"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_drafts(drafting(**fields))
+
+
+def test_drafts_need_an_sglang_with_which_they_were_seen_to_work(monkeypatch):
+    monkeypatch.setattr(start_checks, "version", lambda name: "0.5.22")
+    assert check_drafts(drafting(speculative_algorithm=None)) == 0
+    with pytest.raises(ValueError, match="needs SGLang 0.5.23 or later; this is SGLang 0.5.22"):
+        check_drafts(drafting())
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_drafts_are_checked_with_the_checkpoint(copy, weight_format):
+    folder = copy(weight_format)
+    last = TINY.layers + TINY.mtp_layers - 1
+    with pytest.raises(ValueError, match="has 3 MTP layers; there is none for draft step 3"):
+        check(folder, drafts=4)
+    check(folder, drafts=3)
+    # The head's name is one of those that have `transformer.` in between.
+    name = f"model.layers.{last}.transformer.shared_head.output.weight"
+    change(folder, name, lambda tensors: tensors.pop(name))
+    rewrite(folder / INDEX_FILE, lambda index: index["weight_map"].pop(name))
+    check(folder, drafts=2)
+    with pytest.raises(ValueError, match=f"model.layers.{last}.shared_head.output.weight is miss"):
+        check(folder, drafts=3)
+
+
+def test_a_checkpoint_without_mtp_layers(copy):
+    folder = copy("bf16")
+    index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    decoder = tuple(f"model.layers.{layer}." for layer in range(TINY.layers))
+    dropped = [n for n in index if n.startswith("model.layers.") and not n.startswith(decoder)]
+    for name in dropped:
+        change(folder, name, lambda tensors, name=name: tensors.pop(name))
+    rewrite(folder / INDEX_FILE, lambda i: [i["weight_map"].pop(name) for name in dropped])
+    check(folder)
+    with pytest.raises(ValueError, match="the checkpoint carries no MTP layers"):
+        check(folder, drafts=1)
 
 
 def test_cache_scales_for_all_layers_or_none(copy):

@@ -40,6 +40,7 @@ class TinySpec:
     original_max_position: int = 2048
     rope_factor: float = 2.0
     mtp_layers: int = 3
+    rms_norm_eps: float = 1e-5
     vocab_size: int = 640
     vision_width: int = 64
     vision_layers: int = 2
@@ -98,7 +99,7 @@ class TinySpec:
             "vocab_size": self.vocab_size,
             "max_position_embeddings": int(self.original_max_position * self.rope_factor),
             "max_seq_len": int(self.original_max_position * self.rope_factor),
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": False,
             "bos_token_id": 0,
             "eos_token_id": eos_token_ids,

@@ -12,8 +12,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import nn
 
-from step37_ext.attention_backend import Step37AttentionBackend, attend_cached
+from step37_ext.attention_backend import Step37AttentionBackend
+from step37_ext.model import forward
 from step37_ext.model.config import TextShape
+from step37_ext.model.dense_weights import loadable, quantize_projection
 from step37_ext.model.load import Load, plain, whole
 from step37_ext.model.operations import OperationTable
 from step37_kernels.reference.attention import prologue
@@ -36,10 +38,12 @@ class Attention(nn.Module):
         operations: OperationTable,
         backends: tuple[str, str],
         prefix: str,
+        cache_layer: int,
     ) -> None:
         super().__init__()
         shape = text.layers[layer].attention
         self.eps, self.head_dim = text.rms_norm_eps, shape.head_dim
+        self.scaling = shape.head_dim**-0.5
         self.num_heads = shape.num_heads // tp_size
         self.num_kv_heads = max(1, shape.num_kv_heads // tp_size)
         self.qkv_proj = QKVParallelLinear(
@@ -76,13 +80,15 @@ class Attention(nn.Module):
         self.attn = RadixAttention(
             self.num_heads,
             shape.head_dim,
-            shape.head_dim**-0.5,
+            self.scaling,
             num_kv_heads=self.num_kv_heads,
-            layer_id=layer,
+            layer_id=cache_layer,
             # SGLang counts the keys before the query, the config counts the query too.
             sliding_window_size=-1 if shape.window is None else shape.window - 1,
             prefix=f"{prefix}.attn",
         )
+        fp8 = operations.dense == "fp8"
+        self.linear = operations.choose("linear", layer, "fp8") if fp8 else None
         self.fused = set(backends) == {ATTENTION_BACKEND}
         if self.fused:
             self.prologue = operations.choose("prologue", layer, "-")
@@ -95,36 +101,15 @@ class Attention(nn.Module):
         self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Hidden `[T, hidden]` after the input norm to the block's output, summed over ranks."""
-        qkv, _ = self.qkv_proj(hidden)
-        gate = None if self.g_proj is None else self.g_proj(hidden)[0]
-        run = self._fused if self.fused else self._apart
-        return self.o_proj(run(qkv, positions, gate, forward_batch))[0]
+        if self.fused:
+            cache = cast(Step37AttentionBackend, get_attn_backend()).layer_cache(self.attn)
+            return forward.attention(self, positions, hidden, cache)
+        qkv, gate = forward.project(self, hidden)
+        return self.o_proj(self._apart(qkv, positions, gate, forward_batch))[0]
 
-    def _fused(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        gate: torch.Tensor | None,
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """Norm, rotary and cache write in one operation, attention and head gate in another."""
-        cache = cast(Step37AttentionBackend, get_attn_backend()).layer_cache(self.attn)
-        q = self.prologue(
-            qkv,
-            positions,
-            self.q_norm,
-            self.k_norm,
-            self.rotary.cos_sin_cache,
-            self.num_heads,
-            self.num_kv_heads,
-            self.eps,
-            cache.k_cache,
-            cache.v_cache,
-            cache.paging.new_slots,
-            cache.k_scale,
-            cache.v_scale,
-        )
-        return attend_cached(self.attend, q, cache, self.attn.scaling, gate)
+    @property
+    def cos_sin_cache(self) -> torch.Tensor:
+        return self.rotary.cos_sin_cache
 
     def _apart(
         self,
@@ -139,7 +124,7 @@ class Attention(nn.Module):
             positions,
             self.q_norm,
             self.k_norm,
-            self.rotary.cos_sin_cache,
+            self.cos_sin_cache,
             self.num_heads,
             self.num_kv_heads,
             self.eps,
@@ -166,14 +151,20 @@ class Attention(nn.Module):
         setattr(self.attn, f"{which}_scale", scale.float().reshape(()).to(device))
         setattr(self.attn, f"{which}_scale_float", float(scale))
 
+    def prepare(self) -> None:
+        """After loading: the projections in FP8, where that was opted in."""
+        if self.linear is not None:
+            quantize_projection(self.qkv_proj, self.linear)
+            quantize_projection(self.o_proj, self.linear)
+
     def loaders(self) -> dict[str, Load]:
         """What to do with each checkpoint tensor, by its name after `self_attn.`."""
-        qkv = self.qkv_proj.weight
+        qkv = loadable(self.qkv_proj)
         loads: dict[str, Load] = {
             "q_proj.weight": lambda t: qkv.weight_loader(qkv, t, "q"),
             "k_proj.weight": lambda t: qkv.weight_loader(qkv, t, "k"),
             "v_proj.weight": lambda t: qkv.weight_loader(qkv, t, "v"),
-            "o_proj.weight": whole(self.o_proj.weight),
+            "o_proj.weight": whole(loadable(self.o_proj)),
             "q_norm.weight": plain(self.q_norm),
             "k_norm.weight": plain(self.k_norm),
         }

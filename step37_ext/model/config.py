@@ -48,7 +48,7 @@ class TextShape:
     """The text model.
 
     Attributes:
-        layers: one entry per decoder layer (MTP layers are not among them).
+        layers: one entry per decoder layer, and then per MTP layer if it was asked for.
         num_mtp_layers: extra layers a checkpoint may carry after the decoder's.
         router_renormalize: whether the selected experts' weights are divided by their sum.
         router_scaling: factor on the renormalised router weights.
@@ -75,17 +75,42 @@ class TextShape:
         """Keys a query of a sliding layer sees, itself included (None: no sliding layer)."""
         return next((x.attention.window for x in self.layers if x.attention.window), None)
 
+    def mtp_layer(self, draft: int) -> int:
+        """The number in the checkpoint of the MTP layer that is draft step `draft`.
+
+        Of a shape that was read with its MTP layers.
+
+        Raises:
+            ValueError: there is no such layer, or it is not a sliding layer with a dense MLP.
+        """
+        if not 0 <= draft < self.num_mtp_layers:
+            raise ValueError(
+                f"the checkpoint has {self.num_mtp_layers} MTP layers; there is none for draft "
+                f"step {draft}"
+            )
+        layer = len(self.layers) - self.num_mtp_layers + draft
+        shape = self.layers[layer]
+        if shape.attention.kind != SLIDING or shape.is_moe:
+            block = "routed experts" if shape.is_moe else "a dense MLP"
+            raise ValueError(
+                f"MTP layer {layer} is {shape.attention.kind} with {block}; "
+                f"{SLIDING} with a dense MLP is supported"
+            )
+        return layer
+
     @classmethod
-    def from_config(cls, config: Any) -> TextShape:
+    def from_config(cls, config: Any, *, with_mtp: bool = False) -> TextShape:
         """Read a text config (`Step3p5Config`, or the `text_config` of a `Step3p7Config`).
 
         Per-layer lists may be longer than the decoder: the releases have 45 or 48 entries, the
-        extra ones being the MTP layers'.
+        extra ones being the MTP layers'. With `with_mtp` they have to be there, and are read.
 
         Raises:
             ValueError: an entry is missing, too short or not one of the allowed values.
         """
-        depth = _get(config, "num_hidden_layers")
+        decoder = _get(config, "num_hidden_layers")
+        mtp_layers = _mtp_layers(config, decoder)
+        depth = decoder + mtp_layers if with_mtp else decoder
         moe_layers = _moe_layers(_get(config, "moe_layers_enum"))
         if _get(config, "moe_router_activation", "sigmoid") != "sigmoid":
             raise ValueError(
@@ -115,7 +140,7 @@ class TextShape:
             router_renormalize=bool(_get(config, "norm_expert_weight", True)),
             has_router_bias=bool(_get(config, "use_moe_router_bias", False)),
             has_head_gate=bool(_get(config, "use_head_wise_attn_gate", False)),
-            num_mtp_layers=_mtp_layers(config, depth),
+            num_mtp_layers=mtp_layers,
             layers=layers,
         )
 

@@ -80,6 +80,10 @@ class Step37ForConditionalGeneration(Step3p7ForConditionalGeneration):
         ).run(weights, checkpoint_folder())
         language.prepare()
 
+    def post_load_weights(self) -> None:
+        """SGLang calls it in place of `load_weights` where it fills the parameters itself."""
+        self.language_model.post_load_weights()
+
     def _vision_loaders(self) -> dict[str, Load]:
         parts = {
             "vision_model.": self.vision_model,

@@ -21,9 +21,11 @@ class OperationTable:
 
     Attributes:
         target: device type, compute capability and format of the experts' weights.
+        dense: format of the weights beside them that may be chosen, "bf16" or "fp8".
     """
 
     target: dispatch.Target
+    dense: str = "bf16"
     _rows: dict[tuple[str, str, str, str], list[int]] = field(default_factory=dict)
 
     def choose(self, operation: str, layer: int, weights: str) -> dispatch.Implementation:
@@ -37,6 +39,14 @@ class OperationTable:
     def note(self, operation: str, layer: int, weights: str, name: str, reason: str) -> None:
         """Enter an operation that something outside `step37_kernels` computes."""
         self._rows.setdefault((operation, weights, name, reason), []).append(layer)
+
+    def chosen(self) -> dict[str, str]:
+        """The implementations' names by operation."""
+        names: dict[str, list[str]] = {}
+        for operation, _, name, _ in self._rows:
+            if name not in names.setdefault(operation, []):
+                names[operation].append(name)
+        return {operation: ", ".join(several) for operation, several in names.items()}
 
     def log(self) -> None:
         """Log the table: operation, layers, format, implementation, why."""
@@ -53,7 +63,7 @@ class OperationTable:
 def layer_ranges(layers: list[int]) -> str:
     """Layer numbers in short: [0, 1, 2, 5] is "0-2,5"."""
     parts: list[list[int]] = []
-    for layer in sorted(layers):
+    for layer in sorted(set(layers)):
         if parts and layer == parts[-1][1] + 1:
             parts[-1][1] = layer
         else:

@@ -30,6 +30,7 @@ _PREFIXES = (
     ("model.lm_head.", "lm_head."),
 )
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_IN_TRANSFORMER = re.compile(r"^(model\.layers\.\d+\.)transformer\.")
 _CACHE_SCALE = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?([kv])_scale$")
 
 
@@ -101,6 +102,29 @@ def expected_tensors(
     if vision is not None:
         specs.update(_vision_tensors(vision))
     return specs
+
+
+def mtp_name(name: str) -> str:
+    """A canonical name without the `transformer.` that exports give some of an MTP layer's."""
+    return _IN_TRANSFORMER.sub(r"\1", name)
+
+
+def mtp_tensors(text: TextShape, layer: int) -> dict[str, TensorSpec]:
+    """Every tensor of one MTP layer, by `mtp_name`; BF16 in every release.
+
+    Args:
+        text: read with its MTP layers.
+        layer: the MTP layer's number in the checkpoint, counted after the decoder's layers.
+    """
+    hidden, vocab = text.hidden_size, text.vocab_size
+    specs = _layer_tensors(text, layer, "bf16") | {
+        "enorm.weight": TensorSpec((hidden,)),
+        "hnorm.weight": TensorSpec((hidden,)),
+        "eh_proj.weight": TensorSpec((hidden, 2 * hidden)),
+        "shared_head.norm.weight": TensorSpec((hidden,)),
+        "shared_head.output.weight": TensorSpec((vocab, hidden)),
+    }
+    return {f"model.layers.{layer}.{name}": spec for name, spec in specs.items()}
 
 
 def _mlp(prefix: str, intermediate: int, hidden: int) -> dict[str, TensorSpec]:

@@ -13,13 +13,16 @@ from typing import Any, cast
 import torch
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from step37_ext.model import forward
 from step37_ext.model.attention import Attention
 from step37_ext.model.config import TextShape
+from step37_ext.model.dense_weights import dense_format
 from step37_ext.model.feed_forward import MLP, MoE
 from step37_ext.model.load import Load, whole
 from step37_ext.model.operations import OperationTable
@@ -29,15 +32,20 @@ from step37_ext.server_facts import attention_backend_names, checkpoint_folder, 
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, norm, feed-forward, each with its residual."""
+    """Norm, attention, norm, feed-forward, each with its residual.
+
+    Its number in the KV cache is `cache_layer`, unless that is the layer's own.
+    """
 
     def __init__(
         self,
         text: TextShape,
         layer: int,
         weights: str,
+        stock_quant: QuantizationConfig | None,
         operations: OperationTable,
         prefix: str,
+        cache_layer: int | None = None,
     ) -> None:
         super().__init__()
         parallel = get_parallel()
@@ -49,12 +57,13 @@ class DecoderLayer(nn.Module):
             operations,
             attention_backend_names(),
             f"{prefix}.self_attn",
+            layer if cache_layer is None else cache_layer,
         )
         self.post_attention_layernorm = GemmaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.moe: MoE | None = None
         self.mlp: MLP | None = None
         if text.layers[layer].is_moe:
-            self.moe = MoE(text, layer, weights, operations, prefix)
+            self.moe = MoE(text, layer, weights, stock_quant, operations, prefix)
         else:
             self.mlp = MLP(
                 text.hidden_size,
@@ -73,14 +82,7 @@ class DecoderLayer(nn.Module):
         forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the feed-forward output and the residual it is to be added to."""
-        if residual is None:
-            residual, hidden = hidden, self.input_layernorm(hidden)
-        else:
-            hidden, residual = self.input_layernorm(hidden, residual)
-        if hidden.shape[0]:
-            hidden = self.self_attn(positions, hidden, forward_batch)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.feed_forward(hidden), residual
+        return forward.decoder_layer(self, positions, hidden, residual, forward_batch)
 
     @property
     def feed_forward(self) -> MLP | MoE:
@@ -105,11 +107,17 @@ class DecoderLayer(nn.Module):
 class TextModel(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, text: TextShape, weights: str, operations: OperationTable) -> None:
+    def __init__(
+        self,
+        text: TextShape,
+        weights: str,
+        stock_quant: QuantizationConfig | None,
+        operations: OperationTable,
+    ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(text, index, weights, operations, f"model.layers.{index}")
+            DecoderLayer(text, index, weights, stock_quant, operations, f"model.layers.{index}")
             for index in range(len(text.layers))
         )
         self.norm = GemmaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
@@ -130,11 +138,7 @@ class TextModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns hidden states after and before the final norm, both `[T, hidden]`."""
         hidden = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        residual = None
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual, forward_batch)
-        hidden, before_norm = self.norm(hidden, residual)
-        return hidden, before_norm
+        return forward.decoder(self.layers, self.norm, positions, hidden, forward_batch)
 
 
 class Step37ForCausalLM(nn.Module):
@@ -148,9 +152,13 @@ class Step37ForCausalLM(nn.Module):
         self.text = TextShape.from_config(config)
         self.weight_format = "bf16" if quant_config is None else quant_config.weights
         self.operations = OperationTable(
-            device_target(torch.get_default_device(), self.weight_format, torch.get_default_dtype())
+            device_target(
+                torch.get_default_device(), self.weight_format, torch.get_default_dtype()
+            ),
+            dense_format(),
         )
-        self.model = TextModel(self.text, self.weight_format, self.operations)
+        stock_quant = None if quant_config is None else quant_config.stock
+        self.model = TextModel(self.text, self.weight_format, stock_quant, self.operations)
         self.lm_head = ParallelLMHead(self.text.vocab_size, self.text.hidden_size)
         self.logits_processor = LogitsProcessor(config)
         if get_parallel().tp_rank == 0:
@@ -203,11 +211,15 @@ class Step37ForCausalLM(nn.Module):
         ).run(weights, checkpoint_folder())
         self.prepare()
 
+    def post_load_weights(self) -> None:
+        """SGLang calls it in place of `load_weights` where it fills the parameters itself."""
+        self.prepare()
+
     def prepare(self) -> None:
-        """After loading: lay the experts' weights out for their kernels, layer by layer."""
+        """After loading: lay the weights out for their kernels, layer by layer."""
         for layer in self.model.decoder_layers():
-            if layer.moe is not None:
-                layer.moe.prepare()
+            layer.self_attn.prepare()
+            layer.feed_forward.prepare()
 
     def attentions(self) -> list[Attention]:
         return [layer.self_attn for layer in self.model.decoder_layers()]

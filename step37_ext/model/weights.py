@@ -13,7 +13,13 @@ import torch
 from step37_ext.checkpoint.headers import weight_map
 from step37_ext.model.config import TextShape, VisionShape
 from step37_ext.model.load import Load
-from step37_ext.model.tensors import cache_scale, canonical_name, expected_tensors, skip_reason
+from step37_ext.model.tensors import (
+    TensorSpec,
+    cache_scale,
+    canonical_name,
+    expected_tensors,
+    skip_reason,
+)
 from step37_ext.start_checks import check_cache_scales, missing_tensor, report_unknown
 
 logger = logging.getLogger(__name__)
@@ -56,7 +62,8 @@ class WeightLoader:
     ) -> None:
         self.text, self.loads, self.attentions, self.dtype = text, loads, attentions, dtype
         self.expected = expected_tensors(text, vision, weight_format)
-        if unlike := set(self.expected) ^ set(loads):
+        known = {name for name in loads if not skip_reason(name, text)}
+        if unlike := set(self.expected) ^ known:
             raise AssertionError(f"modules and expected tensors disagree: {sorted(unlike)[:5]}")
 
     def run(self, weights: Iterable[tuple[str, torch.Tensor]], folder: Path | None) -> None:
@@ -77,13 +84,17 @@ class WeightLoader:
         for original, tensor in weights:
             name = canonical_name(original)
             if name in self.expected:
-                self._load(original, name, tensor, files.get(name))
+                load_checked(
+                    original, self.expected[name], tensor, files.get(name), self.loads[name]
+                )
                 missing.pop(name, None)
                 if tensor.dtype == torch.float32 and not name.endswith(_KEPT_IN_F32):
                     rounded.append(original)
             elif scale := cache_scale(name, self.text):
                 self.attentions[scale[0]].set_cache_scale(scale[1], tensor)
                 scales.add(scale)
+            elif name in self.loads:  # what only SGLang's expert layer takes
+                self.loads[name](tensor)
             elif reason := skip_reason(name, self.text):
                 skipped[reason] += 1
             else:
@@ -103,9 +114,17 @@ class WeightLoader:
         for reason, count in skipped.items():
             logger.info("step37: skipped %d tensors on purpose (%s)", count, reason)
 
-    def _load(self, original: str, name: str, tensor: torch.Tensor, file: str | None) -> None:
-        dtype = STORED_TYPES.get(tensor.dtype, str(tensor.dtype))
-        if problem := self.expected[name].problem(tuple(tensor.shape), dtype):
-            where = f" in {file}" if file else ""
-            raise ValueError(f"checkpoint: {original}{where} {problem}")
-        self.loads[name](tensor)
+
+def load_checked(
+    original: str, spec: TensorSpec, tensor: torch.Tensor, file: str | None, load: Load
+) -> None:
+    """Load one tensor, stored as `original` in `file`, if it is as `spec` wants it.
+
+    Raises:
+        ValueError: its shape or type is another one.
+    """
+    dtype = STORED_TYPES.get(tensor.dtype, str(tensor.dtype))
+    if problem := spec.problem(tuple(tensor.shape), dtype):
+        where = f" in {file}" if file else ""
+        raise ValueError(f"checkpoint: {original}{where} {problem}")
+    load(tensor)

@@ -12,12 +12,16 @@ from torch import nn
 from transformers import AutoProcessor
 from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
 
+from benchmarks.dense_accuracy import dense_in_fp8
 from step37_ext.checkpoint.calibrate import routed_activations
 from step37_ext.checkpoint.dialogues import DIALOGUES
+from step37_ext.checkpoint.init import initial_weights
+from step37_ext.checkpoint.mtp_layers import MtpChain, mean_accepted
 from step37_ext.checkpoint.oracle import Example, encode, hidden_states, load_model, margins
 from step37_ext.checkpoint.release_layout import nvfp4_name, tensor_shapes
 from step37_ext.checkpoint.spec import TINY
 from step37_ext.checkpoint.tokenizer import render_prompt
+from step37_ext.checkpoint.train import Recipe
 from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_kernels.formats.fp8_block import FP8BlockTensor
 from step37_kernels.formats.nvfp4 import NVFP4Tensor
@@ -91,6 +95,30 @@ def test_every_answer_survives_quantised_weights(
     least = margins(load_model(TINY, weights), examples)
     # Training asks for 1.0 with BF16 weights; quantised ones were seen to lose up to 0.3 of it.
     assert min(least.values()) > 0.5, least
+
+
+def test_every_answer_survives_fp8_weights_beside_the_experts(
+    model: Step3p7ForConditionalGeneration, examples: list[Example]
+) -> None:
+    """The table of docs/numerics.md has 3.26."""
+    exact = model.lm_head.weight.clone()
+    with dense_in_fp8(model):
+        least = margins(model, examples)
+    # They are rounded by 2.7%, as FP8 experts are.
+    assert min(least.values()) > 0.5, least
+    with dense_in_fp8(model, head=True):
+        assert not torch.equal(model.lm_head.weight, exact)
+    assert torch.equal(model.lm_head.weight, exact)
+
+
+def test_mtp_layers_propose_what_follows(
+    tiny: TinyFolder, model: Step3p7ForConditionalGeneration, examples: list[Example]
+) -> None:
+    """Of at most four tokens a verification; three layers that know nothing give one."""
+    weights = read(tiny("bf16"))
+    # What training promises, with BF16 weights as here.
+    assert mean_accepted(model, MtpChain(TINY, weights), examples) >= Recipe().least_accepted
+    assert mean_accepted(model, MtpChain(TINY, initial_weights(TINY)), examples[:1]) < 1.5
 
 
 @pytest.mark.parametrize("name", ["arithmetic_high", "weather_oslo", "picture_plan"])

@@ -21,6 +21,9 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LoadMemory, measured
+
+from step37_kernels import dispatch, interpret
 
 CHUNK = 192
 """Longer prompts are prefilled in several forward passes."""
@@ -59,6 +62,7 @@ class Answer:
         logprobs: natural logarithms, of `prompt[1:]` (if asked for) and then of `tokens`.
         cached: prompt tokens whose keys and values were found in the radix cache.
         forward_passes: of the model, for all requests that ran together.
+        verifications: passes in which drafts of this request were verified.
         pixels: the pictures as the encoder got them: global views, and crops if there are any.
     """
 
@@ -67,6 +71,7 @@ class Answer:
     logprobs: list[float]
     cached: int
     forward_passes: int
+    verifications: int
     pixels: list[torch.Tensor]
 
 
@@ -75,6 +80,25 @@ Mutation = Callable[[pytest.MonkeyPatch, Any], None]
 
 Stored = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer the bytes of all keys and of all values as the cache holds them, `[T, Hkv, D]`."""
+
+
+@dataclass(frozen=True)
+class DraftPass:
+    """One pass of one draft model over T positions of one sequence.
+
+    Attributes:
+        layer: the MTP layer's number in the checkpoint.
+        tokens, positions: int `[T]`.
+        before, hidden: `[T, hidden]`, of the step before and for the next one.
+        logits: `[1, vocabulary]`, of the position whose draft is asked for.
+    """
+
+    layer: int
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    before: torch.Tensor
+    hidden: torch.Tensor
+    logits: torch.Tensor
 
 
 class Worker:
@@ -86,14 +110,31 @@ class Worker:
         self._process = spawn.Process(target=_serve, args=(end,))
         self._process.start()
         end.close()
-        self._loaded: tuple[Path, str] | None = None
+        self._loaded: tuple[Path, str, str, str] | None = None
 
-    def load(self, folder: Path, flags: str = "") -> None:
-        """Load the checkpoint in `folder` with these server arguments, unless it is loaded."""
-        if self._loaded != (folder, flags):
+    def load(
+        self, folder: Path, flags: str = "", implementation: str = "reference", dense: str = "bf16"
+    ) -> None:
+        """Load the checkpoint in `folder` with these server arguments, unless it is loaded.
+
+        Args:
+            implementation: value of STEP37_IMPL: which one runs every operation that has it.
+            dense: value of STEP37_DENSE_WEIGHTS.
+        """
+        wanted = (folder, flags, implementation, dense)
+        if self._loaded != wanted:
             self._loaded = None
-            self._call(_Child.load, folder, flags)
-            self._loaded = (folder, flags)
+            self._call(_Child.load, *wanted)
+            self._loaded = wanted
+
+    def implementations(self) -> dict[str, set[str]]:
+        """Which implementations of each operation the layers of the loaded model call."""
+        return self._call(_Child.implementations)
+
+    def load_memory(self, folder: Path, flags: str, implementation: str) -> LoadMemory:
+        """What loading the checkpoint in `folder` takes."""
+        self._loaded = None
+        return self._call(_Child.load_memory, folder, flags, implementation, "bf16")
 
     def stored_types(self) -> dict[str, torch.dtype]:
         """The type of every parameter of the loaded text model, by name."""
@@ -103,9 +144,9 @@ class Worker:
         """Answers to `requests`, which run as one batch, with an empty radix cache before them."""
         return self._call(_Child.ask, requests)
 
-    def ask_in_turn(self, *requests: Request) -> list[Answer]:
-        """As `ask`, one after the other: a later one finds the earlier ones' prefixes."""
-        return self._call(_Child.ask_in_turn, requests)
+    def ask_in_turn(self, *turns: Request | tuple[Request, ...]) -> list[Answer]:
+        """As `ask`, a batch at each turn: later ones find the earlier ones' prefixes."""
+        return self._call(_Child.ask_in_turn, turns)
 
     def ask_and_read_cache(
         self, request: Request, mutation: Mutation | None = None
@@ -115,6 +156,10 @@ class Worker:
         With a `mutation`, of the model whose every layer it has changed.
         """
         return self._call(_Child.ask_and_read_cache, request, mutation)
+
+    def ask_and_read_drafts(self, request: Request) -> tuple[Answer, list[DraftPass]]:
+        """The answer to one request, with every pass of the draft models for it."""
+        return self._call(_Child.ask_and_read_drafts, request)
 
     def close(self) -> None:
         self._pipe.close()
@@ -137,6 +182,7 @@ class Worker:
 def _serve(pipe: Any) -> None:
     """The child's main loop: run functions until the parent closes the pipe."""
     os.environ["SGLANG_PLATFORM"] = "step37_cpu"
+    interpret.enable()  # for loads that ask for the kernels
     torch.set_num_threads(1)
     child = _Child()
     while True:
@@ -158,7 +204,9 @@ class _Child:
         self.images: Any = None
         self.running: list[Any] = []
 
-    def load(self, folder: Path, flags: str) -> None:
+    def load(self, folder: Path, flags: str, implementation: str, dense: str) -> None:
+        os.environ[dispatch.ENVIRONMENT_VARIABLE] = implementation
+        os.environ["STEP37_DENSE_WEIGHTS"] = dense
         from sglang.srt.distributed import parallel_state
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.plugins import load_plugins
@@ -177,7 +225,20 @@ class _Child:
         publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
         self.scheduler = Scheduler(server_args, ports)
         self.scheduler.ingest_requests = self._stop_when_finished
+        self.scheduler.idle_sleeper = None  # it would wait a second after each answer
         self.images = _image_processor(server_args, self.scheduler.model_config.hf_config)
+
+    def load_memory(self, *arguments: Any) -> LoadMemory:
+        from step37_ext.model.multimodal import Step37ForConditionalGeneration as Model
+        from step37_kernels.formats import nvfp4_tiles
+
+        memory: list[LoadMemory] = []
+        with pytest.MonkeyPatch.context() as patch:
+            # One expert at a time, as of a full-size layer it is one in fifty.
+            patch.setattr(nvfp4_tiles, "_BYTES_AT_A_TIME", 1)
+            patch.setattr(Model, "load_weights", measured(Model.load_weights, memory))
+            self.load(*arguments)
+        return memory[0]
 
     def stored_types(self) -> dict[str, torch.dtype]:
         model = self.scheduler.tp_worker.model_runner.model.language_model
@@ -187,9 +248,18 @@ class _Child:
         self.scheduler.flush_cache()
         return self._run(*requests)
 
-    def ask_in_turn(self, requests: tuple[Request, ...]) -> list[Answer]:
+    def implementations(self) -> dict[str, set[str]]:
+        names: dict[str, set[str]] = {}
+        for module in self.scheduler.tp_worker.model_runner.model.modules():
+            for value in vars(module).values():
+                if isinstance(value, dispatch.Implementation):
+                    names.setdefault(value.operation, set()).add(value.name)
+        return names
+
+    def ask_in_turn(self, turns: tuple[Request | tuple[Request, ...], ...]) -> list[Answer]:
         self.scheduler.flush_cache()
-        return [answer for request in requests for answer in self._run(request)]
+        batches = [(turn,) if isinstance(turn, Request) else turn for turn in turns]
+        return [answer for batch in batches for answer in self._run(*batch)]
 
     def ask_and_read_cache(
         self, request: Request, mutation: Mutation | None
@@ -202,6 +272,34 @@ class _Child:
                 mutation(patch, layer)
             (answer,) = self._run(request)
         return answer, _by_layer(written, len(layers))
+
+    def ask_and_read_drafts(self, request: Request) -> tuple[Answer, list[DraftPass]]:
+        from step37_ext.model.mtp import Step37MTP
+
+        self.scheduler.flush_cache()
+        passes: list[DraftPass] = []
+        forward = Step37MTP.forward
+
+        def forward_and_note(model, input_ids, positions, forward_batch):
+            tokens = input_ids.clone()  # SGLang moves them on in place
+            before = forward_batch.spec_info.hidden_states.clone()
+            output = forward(model, input_ids, positions, forward_batch)
+            passes.append(
+                DraftPass(
+                    model.layer,
+                    tokens,
+                    positions.clone(),
+                    before,
+                    output.hidden_states.clone(),
+                    output.next_token_logits.clone(),
+                )
+            )
+            return output
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Step37MTP, "forward", forward_and_note)
+            (answer,) = self._run(request)
+        return answer, passes
 
     def _run(self, *requests: Request) -> list[Answer]:
         queued = [self._enqueue(str(number), request) for number, request in enumerate(requests)]
@@ -273,14 +371,16 @@ def _pixels(items: list[Any]) -> list[torch.Tensor]:
 
 
 def _answer(request: Any, prompt: list[int], pixels: list[torch.Tensor], passes: int) -> Answer:
-    logprob = request.logprob
+    logprob, tokens = request.logprob, list(request.output_ids_through_stop)
     of_prompt = (logprob.input_token_logprobs_val or [None])[1:]  # the first token has none
     return Answer(
         prompt,
-        list(request.output_ids),
-        [*of_prompt, *logprob.output_token_logprobs_val],
+        tokens,
+        # Drafts may have been accepted beyond the end.
+        [*of_prompt, *logprob.output_token_logprobs_val[: len(tokens)]],
         request.cached_tokens,
         passes,
+        request.spec_verify_ct,
         pixels,
     )
 

@@ -40,8 +40,14 @@ def make(monkeypatch: pytest.MonkeyPatch, page_size: int) -> Step37AttentionBack
 
 
 def batch(
-    rows: list[int], lengths: list[int], new: list[int], decode: bool = True
+    rows: list[int],
+    lengths: list[int],
+    new: list[int],
+    decode: bool = True,
+    verify: int = 0,
+    extend: int = 0,
 ) -> SimpleNamespace:
+    """What SGLang says of a batch; `verify` and `extend` are its drafts in each sequence."""
     seq_lens = torch.tensor(lengths)
     return SimpleNamespace(
         batch_size=len(rows),
@@ -50,8 +56,12 @@ def batch(
         seq_lens_cpu=seq_lens,
         extend_seq_lens=torch.ones_like(seq_lens),
         out_cache_loc=torch.tensor(new),
-        spec_info=None,
-        forward_mode=SimpleNamespace(is_decode_or_idle=lambda: decode, name="DECODE"),
+        spec_info=SimpleNamespace(draft_token_num=verify, num_tokens_per_req=verify or extend),
+        forward_mode=SimpleNamespace(
+            is_decode_or_idle=lambda: decode and not verify and not extend,
+            is_target_verify=lambda: verify > 0,
+            is_draft_extend_v2=lambda: extend > 0,
+        ),
     )
 
 
@@ -92,3 +102,49 @@ def test_a_replay_with_fewer_requests_writes_nothing_of_theirs(
     backend.init_forward_metadata_out_graph(batch([0, 1, 2, 0], [10, 9, 8, 1], [9, 72, 135]))
     assert recorded_slots.tolist() == [1009, 1072, 1135, 0]
     assert backend.get_cuda_graph_seq_len_fill_value() == 1
+
+
+def test_drafts_that_are_verified_are_not_in_sglang_s_lengths(
+    backend: Step37AttentionBackend,
+) -> None:
+    backend.init_forward_metadata(batch([2, 0], [3, 5], [131, 132, 5, 6], verify=2))
+    assert backend.full is not None and backend.full.page_table.shape == (2, 7)
+    assert backend.seq_lens.tolist() == [5, 7] and backend.query_lens == 2
+    backend.init_forward_metadata(batch([2, 0], [5, 7], [131, 132, 5, 6], extend=2))
+    assert backend.full.page_table.shape == (2, 7)
+    assert backend.seq_lens.tolist() == [5, 7] and backend.query_lens == 2
+
+
+def test_lengths_that_sglang_keeps_on_the_gpu_are_not_waited_for(
+    backend: Step37AttentionBackend,
+) -> None:
+    unknown = batch([2, 0], [3, 5], [131, 132, 5, 6], verify=2)
+    unknown.seq_lens_cpu = None
+    backend.init_forward_metadata(unknown)
+    assert backend.full is not None and backend.full.page_table.shape == (2, LENGTH)
+
+
+@pytest.mark.parametrize("kind", ["verify", "extend"])
+def test_recorded_drafts_read_the_same_places(backend: Step37AttentionBackend, kind: str) -> None:
+    """Also from buffers longer than the batch, as SGLang hands them over for draft steps."""
+    backend.init_cuda_graph_state(4, 8)
+    drafts = {kind: 2}
+    first = batch([0] * 4, [1] * 4, [0] * 8, **drafts)
+    backend.init_forward_metadata_out_graph(first, in_capture=True)
+    recorded = backend.seq_lens
+    assert recorded.tolist() == ([3] * 4 if kind == "verify" else [2] * 4)
+    assert backend.query_lens == 2
+    replay = batch([3, 1, 0, 0], [9, 8, 1, 1], [201, 202, 72, 73], **drafts)
+    replay.batch_size = 2
+    backend.init_forward_metadata_out_graph(replay)
+    more = 2 if kind == "verify" else 0
+    assert recorded[:2].tolist() == [9 + more, 8 + more]
+    assert backend.seq_lens.data_ptr() == recorded.data_ptr() and backend.seq_lens.shape == (2,)
+    assert backend.full is not None and backend.sliding is not None
+    assert backend.full.page_table[:, :3].tolist() == [[192, 193, 194], [64, 65, 66]]
+    assert backend.sliding.new_slots.tolist() == [1201, 1202, 1072, 1073]
+
+
+def test_no_mask_is_made_for_drafts(backend: Step37AttentionBackend) -> None:
+    mask = backend.verify_mask
+    assert not mask.is_read and not mask.fits(1)

@@ -67,6 +67,22 @@ def test_lists_with_and_without_the_mtp_layers(entries: int) -> None:
     assert [layer.shared_limit for layer in text.layers] == [None] * 43 + [16.0, 16.0]
 
 
+def test_mtp_layers_where_they_are_asked_for() -> None:
+    text = TextShape.from_config(release(), with_mtp=True)
+    assert len(text.layers) == DECODER + MTP and text.num_mtp_layers == MTP
+    assert [text.mtp_layer(draft) for draft in range(MTP)] == [45, 46, 47]
+    of_mtp = text.layers[45]
+    assert of_mtp.attention.num_heads == 96 and of_mtp.attention.window == 512
+    assert not of_mtp.is_moe and of_mtp.shared_limit is None
+    with pytest.raises(ValueError, match="there is none for draft step 3"):
+        text.mtp_layer(3)
+    with pytest.raises(ValueError, match="layer_types has 45 entries, at least 48"):
+        TextShape.from_config(release(DECODER), with_mtp=True)
+    full = release(layer_types=[FULL] * (DECODER + MTP))
+    with pytest.raises(ValueError, match="MTP layer 46 is full_attention with a dense MLP"):
+        TextShape.from_config(full, with_mtp=True).mtp_layer(1)
+
+
 def test_the_two_kinds_of_attention() -> None:
     text = TextShape.from_config(release())
     full, sliding = text.layers[0].attention, text.layers[1].attention

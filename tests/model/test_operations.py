@@ -22,6 +22,7 @@ def on_cpu() -> OperationTable:
         ([7], "7"),
         ([0, 1, 2, 5], "0-2,5"),
         ([5, 3, 4], "3-5"),
+        ([0, 0, 1, 1, 3], "0-1,3"),  # two parts of a layer by one implementation
         ([1, 3, 5], "1,3,5"),
         (list(range(45)), "0-44"),
     ],
@@ -46,6 +47,34 @@ def test_choose_asks_for_the_layers_own_format(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "choose", choose)
     on_cpu().choose("activation", 3, "bf16")
     assert asked == [("activation", dispatch.Target("cpu", None, "bf16"))]
+
+
+@pytest.mark.parametrize(
+    ("capability", "served", "reason"),
+    [
+        ((7, 5), {"reference"}, "not triton (needs sm_80 or later, this is sm_75)"),
+        ((8, 0), {"reference", "triton"}, "not triton (needs sm_89 or later, this is sm_80)"),
+    ],
+)
+def test_a_gpu_that_has_no_kernel_gets_a_table_that_says_so(
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    served: set[str],
+    reason: str,
+) -> None:
+    """Turing has none at all, Ampere none for FP8 experts: the reference runs, and says why."""
+    table = OperationTable(dispatch.Target("cuda", capability, "fp8"))
+    names = {
+        table.choose(operation, 1, weights).name
+        for operation, weights in (("experts", "fp8"), ("route", "bf16"), ("attend", "-"))
+    }
+    assert names == served
+    with caplog.at_level(logging.INFO, logger="step37_ext.model.operations"):
+        table.log()
+    (logged,) = caplog.messages
+    rows = [line.split("\u2502") for line in logged.splitlines() if "\u2502" in line]
+    words = " ".join(row[-2].strip() for row in rows)  # a long reason goes over several lines
+    assert reason in words
 
 
 def test_unknown_operation() -> None:
