@@ -90,11 +90,8 @@ class Step37AttentionBackend(AttentionBackend):
         """Before capture and before each replay: fill the tables in place."""
         assert self.graph is not None, "init_cuda_graph_state was not called"
         size, tables = forward_batch.batch_size, self.graph
-        # SGLang may record this too; a width from the host would be frozen then.
-        recorded = in_capture or (
-            self.req_to_token.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        width = self.req_to_token.shape[1] if recorded else self._longest(forward_batch)
+        # A capture only needs tables that are valid: each replay fills them for itself.
+        width = self._longest(forward_batch)
         # SGLang may hand over buffers that are longer than the batch.
         slots = self._first_slots(forward_batch, width)[:size]
         new = forward_batch.out_cache_loc
