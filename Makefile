@@ -10,11 +10,12 @@ WHEELS := out/wheels
 # One thread per process: SGLang's CPU path is 30 times slower when its small products are threaded.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test lint compat evidence clean
+.PHONY: help venv demo test soak lint compat evidence clean
 
 help:
 	@echo "make demo    serve the small model with SGLang on this machine's CPU and check its answers"
 	@echo "make test    the whole test suite"
+	@echo "make soak    five minutes of 64 requests at once, with pictures: answers and memory"
 	@echo "make lint    ruff and mypy"
 	@echo "make compat  check every SGLang name used against SGLang $(SGLANG_VERSIONS)"
 	@echo "make evidence [TRITON=3.6.0]   compile every kernel for sm_90 and sm_100 and check its machine code"
@@ -26,9 +27,9 @@ venv: $(STAMP)
 # Editable, so a change of a source file needs no new install. pip compiles the bytecode: every start
 # of a server imports thousands of files in several processes, which would compile them each time
 # where PYTHONDONTWRITEBYTECODE is set.
-$(STAMP): pyproject.toml setup.py requirements/cpu-no-deps.txt
+$(STAMP): pyproject.toml setup.py cpu_platform/pyproject.toml requirements/cpu-no-deps.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-warn-conflicts -e ".[cpu,test]"
+	$(PIP) install --no-warn-conflicts -e ".[cpu,test]" ./cpu_platform
 	$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
 	$(BIN)/python -c "import sglang, step37_ext, step37_kernels"
 	touch $@
@@ -39,6 +40,9 @@ demo: $(STAMP)
 # Two at once: most tests keep one core busy, and a live server takes up to 2 GB.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+soak: $(STAMP)
+	STEP37_SOAK_SECONDS=300 $(BIN)/python -m pytest -s tests/serving/test_load.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from step37_ext.chat import Answer, ask, ask_streamed, connect, with_tool_result
 from step37_ext.checkpoint.dialogues import DIALOGUES, WEATHER, Dialogue
 from step37_ext.checkpoint.make import make_tiny
 from step37_ext.checkpoint.weight_format import WeightFormat
-from step37_ext.local_server import LocalServer, ServerDied
+from step37_ext.local_server import PLATFORM, LocalServer, ServerDied
 from step37_ext.token_check import GreedyTokens, server_tokens, transformers_tokens
 
 _BY_NAME = {dialogue.name: dialogue for dialogue in DIALOGUES}
@@ -50,12 +50,15 @@ _UNKNOWN = Dialogue(
 class Serving:
     """One server of the demo.
 
-    Everything is computed in float32, which is what lets tokens be compared with transformers.
+    In float32, which is what lets tokens be compared with transformers, the reference computes. The
+    kernels compute in bfloat16, and so slowly in the interpreter that they get one request.
     """
 
     title: str
     weight_format: WeightFormat
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ("--dtype", "float32")
+    environment: dict[str, str] = field(default_factory=lambda: dict(PLATFORM))
+    interpreted: bool = False
 
     @property
     def token_checks(self) -> tuple[Dialogue, ...]:
@@ -74,7 +77,17 @@ SERVINGS = (
     Serving(
         "NVFP4 checkpoint, FP8 KV cache",
         "nvfp4",
+        (
+            *("--dtype", "float32", "--quantization", "modelopt_fp4"),
+            *("--kv-cache-dtype", "fp8_e4m3"),
+        ),
+    ),
+    Serving(
+        "NVFP4 checkpoint, FP8 KV cache: the Triton kernels in the interpreter",
+        "nvfp4",
         ("--quantization", "modelopt_fp4", "--kv-cache-dtype", "fp8_e4m3"),
+        PLATFORM | {"STEP37_IMPL": "interpret", "TRITON_INTERPRET": "1"},
+        interpreted=True,
     ),
 )
 
@@ -91,23 +104,31 @@ class Demo:
         with tempfile.TemporaryDirectory(prefix="step37-demo-") as folder:
             for serving in servings:
                 checkpoint = Path(folder, serving.weight_format)
-                make_tiny(checkpoint, serving.weight_format)
+                if not checkpoint.exists():
+                    make_tiny(checkpoint, serving.weight_format)
                 self._serve(serving, checkpoint)
         self.console.print(f"\ndemo: {self.passed}/{self.total}", style="bold")
         return self.passed == self.total
 
     def _serve(self, serving: Serving, checkpoint: Path) -> None:
         self.console.rule(f"[bold]{serving.title}")
-        server = LocalServer(checkpoint, "--dtype", "float32", *serving.arguments)
+        server = LocalServer(checkpoint, *serving.arguments, environment=serving.environment)
         self._print("$", server.command, "dim")
         with server:
             try:
-                self.console.print("SGLang starts; meanwhile transformers answers, to compare.")
-                expected = transformers_tokens(checkpoint, serving.token_checks)
+                expected: tuple[GreedyTokens, ...] = ()
+                if not serving.interpreted:
+                    self.console.print("SGLang starts; meanwhile transformers answers, to compare.")
+                    expected = transformers_tokens(checkpoint, serving.token_checks)
                 self.console.print(f"Ready after {server.wait_ready(self.console):.0f} s.")
+                self.console.print(Text(server.operations()))
                 with connect(server.url) as client:
-                    self.ask_everything(client)
-                self.check_tokens(server.url, expected)
+                    if serving.interpreted:
+                        self._slowly(client, _BY_NAME["hello"])
+                    else:
+                        self.ask_everything(client)
+                if expected:
+                    self.check_tokens(server.url, expected)
             except ServerDied as error:
                 self.check("the server", str(error))
             except httpx.HTTPError as error:
@@ -123,6 +144,10 @@ class Demo:
         self._streamed(client, _BY_NAME["arithmetic"])
         for city in WEATHER:
             self._tool_call(client, _BY_NAME[f"weather_{city.lower()}"])
+
+    def _slowly(self, client: OpenAI, dialogue: Dialogue) -> None:
+        self._request("A chat, half a minute in the interpreter", dialogue)
+        self._ask(partial(ask, client, dialogue), dialogue)
 
     def _streamed(self, client: OpenAI, dialogue: Dialogue) -> None:
         self._request("A streamed answer, reasoning apart from content", dialogue)

@@ -27,6 +27,7 @@ _SMALL_MACHINE = (
     *("--max-total-tokens", "8192", "--max-running-requests", "32"),
     *("--mem-fraction-static", "0.3", "--skip-server-warmup", "--random-seed", "1"),
 )
+_TABLE_TITLE, _TABLE_END = "step37: operations", "\N{BOX DRAWINGS LIGHT UP AND RIGHT}"
 _GRACE = 20.0  # seconds between asking the processes to end and ending them
 
 
@@ -129,6 +130,17 @@ class LocalServer:
                     last_line = now
                 time.sleep(0.5)
         return time.monotonic() - self._started
+
+    def operations(self) -> str:
+        """The table of operations and their implementations that the server logged at its start."""
+        lines = iter(self.log_tail(100_000).splitlines())
+        table: list[str] = []
+        for line in lines:
+            if table or line.startswith(_TABLE_TITLE):
+                table.append(line)
+            if table and line.startswith(_TABLE_END):
+                break
+        return "\n".join(table)
 
     def log_tail(self, lines: int = 30) -> str:
         """The last `lines` lines that the server wrote."""

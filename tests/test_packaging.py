@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import setuptools
 import tomllib
 from packaging.requirements import Requirement
 
@@ -106,13 +107,45 @@ def sources() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel of this project, built from a copy so that no build folder is left behind."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packaged, so that building leaves nothing behind in the repository."""
+    source = tmp_path_factory.mktemp("source")
     for name in sources():
         if name.startswith(("kernels/", "step37_ext/")) or "/" not in name:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time of change and size of every file under `folder`, by its path in it."""
+    stats = {p.relative_to(folder): p.stat() for p in folder.rglob("*") if p.is_file()}
+    return {str(name): (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+
+
+def test_editable_install_into_an_image_adds_itself_and_nothing_else(source, tmp_path):
+    python = image(tmp_path / "image", IMAGES["0.5.23"])
+    # The image has no more than the metadata of setuptools, which builds.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    site = Path(setuptools.__file__).parents[1]
+    for folder in (*site.glob("setuptools*"), *site.glob("_distutils_hack")):
+        (tools / folder.name).symlink_to(folder)
+    before = files(python.parents[1])
+    command = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    install = ("install", "--no-index", "--no-build-isolation", "-e", source)
+    run(*command, *install, PYTHONPATH=str(tools), PYTHONDONTWRITEBYTECODE="1")
+    after = files(python.parents[1])
+    assert {name: after.get(name) for name in before} == before
+    site_packages = r"lib/.*/site-packages/((__pycache__/)?__editable__.*)?step37_ext.*"
+    own = re.compile(rf"bin/step37|{site_packages}")
+    added = after.keys() - before.keys()
+    assert len(added) > 3 and [name for name in added if not own.fullmatch(name)] == []
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, source)
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
@@ -136,15 +169,15 @@ def test_wheel_has_every_file_of_the_packages(wheel):
 
 def test_entry_points_are_there_and_load():
     found = {
-        (group, point.name): point.load()
+        (point.dist.name, group, point.name): point.load()
         for group in ("sglang.srt.plugins", "sglang.srt.platforms", "console_scripts")
         for point in metadata.entry_points(group=group)
-        if point.dist is not None and point.dist.name == "step37-ext"
+        if point.dist is not None and point.dist.name.startswith("step37")
     }
     assert set(found) == {
-        ("sglang.srt.plugins", "step37"),
-        ("sglang.srt.platforms", "step37_cpu"),
-        ("console_scripts", "step37"),
+        ("step37-ext", "sglang.srt.plugins", "step37"),
+        ("step37-ext", "console_scripts", "step37"),
+        ("step37-cpu", "sglang.srt.platforms", "step37_cpu"),
     }
     assert all(map(callable, found.values()))
 

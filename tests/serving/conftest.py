@@ -11,13 +11,25 @@ from rich.console import Console
 
 from step37_ext.chat import connect
 from step37_ext.checkpoint.weight_format import WeightFormat
-from step37_ext.local_server import LocalServer
+from step37_ext.local_server import PLATFORM, LocalServer
 
-# In the checkpoint's own type, bfloat16; the demo serves in float32.
+DRAFTS = (
+    "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
+    "--speculative-num-draft-tokens 4 --enable-multi-layer-eagle"
+)
+# In the checkpoint's own type, bfloat16; the demo serves in float32. One of them drafts.
 ARGUMENTS: dict[WeightFormat, tuple[str, ...]] = {
     "bf16": (),
-    "fp8": (),
+    "fp8": tuple(DRAFTS.split()),
     "nvfp4": ("--quantization", "modelopt_fp4", "--kv-cache-dtype", "fp8_e4m3"),
+}
+
+# What is free goes back to the system, and oneDNN does not keep a primitive for each of the first
+# 1024 shapes: resident memory is then what is in use.
+MEMORY_IN_USE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
 }
 
 
@@ -26,7 +38,8 @@ def server(
     request: pytest.FixtureRequest, tiny: Callable[[WeightFormat], Path]
 ) -> Iterator[LocalServer]:
     """A server that answers. pytest runs all tests of one format before it starts the next."""
-    with LocalServer(tiny(request.param), *ARGUMENTS[request.param]) as server:
+    checkpoint, arguments = tiny(request.param), ARGUMENTS[request.param]
+    with LocalServer(checkpoint, *arguments, environment=PLATFORM | MEMORY_IN_USE) as server:
         server.wait_ready(Console())
         yield server
 

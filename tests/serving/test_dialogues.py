@@ -27,8 +27,8 @@ def test_streamed_answer(client: OpenAI, name: str) -> None:
     dialogue, parts = BY_NAME[name], []
     answer = ask_streamed(client, dialogue, lambda part, text: parts.append(part))
     assert answer.difference(dialogue) is None
-    # A word or so at a time, and all of the reasoning before the first piece of content.
-    assert parts.count("reasoning") > 2
+    # A word or so at a time, with drafts up to four tokens; all of the reasoning comes first.
+    assert parts.count("reasoning") > 1
     assert parts == sorted(parts, reverse=True)
 
 

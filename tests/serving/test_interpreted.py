@@ -1,47 +1,41 @@
-"""The very Triton kernels, interpreted, inside SGLang: the same tokens as the reference's."""
+"""The very Triton kernels, interpreted, inside a live server: an answer per format.
+
+An interpreted token takes a second, so that the server is given the first half of the answer. That
+tokens and logprobs equal the reference's is tested in one process (tests/model).
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
+from rich.console import Console
 
+from step37_ext.checkpoint.dialogues import DIALOGUES
 from step37_ext.checkpoint.spec import TINY
+from step37_ext.checkpoint.tokenizer import TURN_END, load_tokenizer, render_prompt
 from step37_ext.checkpoint.weight_format import WeightFormat
+from step37_ext.local_server import PLATFORM, LocalServer
 
-SCRIPT = Path(__file__).with_name("engine_run.py")
-# Longer than the window, and than a block of 64 keys.
-PROMPT = [20 + 37 * i % 500 for i in range(TINY.sliding_window + 9)]
-INTERPRETED = {"STEP37_IMPL": "interpret", "TRITON_INTERPRET": "1"}
-
-
-def run_engine(model: Path, environment: dict[str, str]) -> tuple[list[int], list[float], str]:
-    """Tokens, their logprobs and the log of SGLang's offline engine in bfloat16."""
-    options = {"dtype": "bfloat16", "log_level": "info"}
-    run = subprocess.run(
-        [sys.executable, SCRIPT, model, json.dumps(PROMPT), json.dumps(options), "3"],
-        env=os.environ | {"SGLANG_PLATFORM": "step37_cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
-    return result["tokens"], result["logprobs"], run.stderr
+INTERPRETED = PLATFORM | {"STEP37_IMPL": "interpret", "TRITON_INTERPRET": "1"}
+KERNELS = {"route", "experts", "shared_expert", "prologue", "attend"}
+HELLO = DIALOGUES[0]
 
 
-def test_tokens_of_the_kernels_are_the_reference_s(tiny: Callable[[WeightFormat], Path]) -> None:
-    """NVFP4 experts, an FP8 cache with the checkpoint's scales, both attention types."""
-    model = tiny("nvfp4")
-    expected, logprobs, _ = run_engine(model, {})
-    tokens, ours, log = run_engine(model, INTERPRETED)
-    assert log.count("forced by STEP37_IMPL; Triton kernel in the interpreter") == 5
-    assert tokens == expected
-    # Both compute in bf16 between operations: 2^-8 of a hidden state, and its way to the logits.
-    assert ours == pytest.approx(logprobs, abs=0.05)
-    assert ours != logprobs
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8", "nvfp4"])
+def test_the_kernels_answer(
+    tiny: Callable[[WeightFormat], Path], weight_format: WeightFormat
+) -> None:
+    """In bfloat16; the NVFP4 checkpoint asks for an FP8 cache, with its scales."""
+    whole = render_prompt(load_tokenizer(TINY.vocab_size), HELLO) + HELLO.completion
+    start, _, _ = whole.partition(" for you")
+    request = {"text": start, "sampling_params": {"temperature": 0, "max_new_tokens": 12}}
+    with LocalServer(tiny(weight_format), environment=INTERPRETED) as server:
+        server.wait_ready(Console())
+        answer = httpx.post(f"{server.url}/generate", json=request, timeout=120, trust_env=False)
+        rows = [line.split("\u2502") for line in server.operations().splitlines()]
+    ran = {row[1].strip(): row[4].strip() for row in rows if len(row) == 7}
+    assert {name for name, ran_by in ran.items() if ran_by == "interpret"} >= KERNELS, ran
+    assert start + answer.raise_for_status().json()["text"] + TURN_END == whole
