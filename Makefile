@@ -29,8 +29,8 @@ venv: $(STAMP)
 # where PYTHONDONTWRITEBYTECODE is set.
 $(STAMP): pyproject.toml setup.py cpu_platform/pyproject.toml requirements/cpu-no-deps.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-warn-conflicts -e ".[cpu,test]" ./cpu_platform
-	$(PIP) install --no-deps -r requirements/cpu-no-deps.txt
+	$(PIP) install --no-warn-conflicts -e ".[cpu,test]"
+	$(PIP) install --no-deps ./cpu_platform -r requirements/cpu-no-deps.txt
 	$(BIN)/python -c "import sglang, step37_ext, step37_kernels"
 	touch $@
 
