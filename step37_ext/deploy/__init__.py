@@ -1,1 +1,1 @@
-"""Which GPUs serve the released model: the memory plan and the serve command."""
+"""Which GPUs serve the released model: memory plan, performance model, the serve command."""

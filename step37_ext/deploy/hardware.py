@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from step37_ext.deploy.data_sheets import DATA_SHEETS, DataSheet
+
 MIB, GIB = 1 << 20, 1 << 30
 
 OUTSIDE_SGLANG = 2 * GIB
@@ -24,12 +26,14 @@ class Gpu:
         memory_mib: total memory as `nvidia-smi` prints it, in MiB; SGLang reads it there too.
         per_node: GPUs of one node as the systems are sold.
         family: what an answer about kernels depends on, "Hopper" or "Blackwell".
+        sheet: the maker's figures of its speed.
     """
 
     name: str
     memory_mib: int
     per_node: int
     family: str
+    sheet: DataSheet
 
     @property
     def memory(self) -> int:
@@ -49,12 +53,12 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 81559, 8, "Hopper"),
-        Gpu("h200", 143771, 8, "Hopper"),
-        Gpu("b200", 183359, 8, "Blackwell"),
-        Gpu("b300", 275040, 8, "Blackwell"),
-        Gpu("gb200", 189471, 4, "Blackwell"),
-        Gpu("gb300", 284208, 4, "Blackwell"),
+        Gpu("h100", 81559, 8, "Hopper", DATA_SHEETS["H100 80GB HBM3"]),
+        Gpu("h200", 143771, 8, "Hopper", DATA_SHEETS["H200"]),
+        Gpu("b200", 183359, 8, "Blackwell", DATA_SHEETS["B200"]),
+        Gpu("b300", 275040, 8, "Blackwell", DATA_SHEETS["B300"]),
+        Gpu("gb200", 189471, 4, "Blackwell", DATA_SHEETS["GB200"]),
+        Gpu("gb300", 284208, 4, "Blackwell", DATA_SHEETS["GB300"]),
     )
 }
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from step37_ext.deploy.hardware import IMAGE_CACHE, OUTSIDE_SGLANG, Gpu, static_fraction
 from step37_ext.model.config import SLIDING, AttentionShape, TextShape, VisionShape
-from step37_ext.model.tensors import TensorSpec, expected_tensors
+from step37_ext.model.tensors import TensorSpec, expected_tensors, mtp_tensors
 
 Quant = Literal["bf16", "fp8", "nvfp4"]
 CacheType = Literal["bf16", "fp8_e4m3"]
@@ -21,6 +21,7 @@ _TYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 _CACHE_BYTES: dict[CacheType, int] = {"bf16": 2, "fp8_e4m3": 1}
 _WHOLE = (  # what every rank holds entirely, beside vectors
     "moe.gate.weight",
+    "eh_proj.weight",
     "vision_model.conv1.weight",
     "vision_model.vit_downsampler1.weight",
     "vision_model.vit_downsampler2.weight",
@@ -39,6 +40,7 @@ class Release:
     """The released model's shapes."""
 
     text: TextShape
+    text_with_mtp: TextShape
     vision: VisionShape
 
 
@@ -49,6 +51,7 @@ def release() -> Release:
     nested = {key: SimpleNamespace(**config[key]) for key in ("text_config", "vision_config")}
     return Release(
         TextShape.from_config(nested["text_config"]),
+        TextShape.from_config(nested["text_config"], with_mtp=True),
         VisionShape.from_config(SimpleNamespace(**(config | nested))),
     )
 
@@ -72,7 +75,7 @@ def weights_per_gpu(model: Release, quant: Quant, tp_size: int, drafts: bool) ->
     for name, spec in expected_tensors(model.text, model.vision, quant).items():
         parts[_part(name)] += _share(name, spec, model.text, tp_size)
     if drafts:
-        parts["drafts"] = _draft_weights(model.text, tp_size)
+        parts["drafts"] = _draft_weights(model.text_with_mtp, tp_size)
     return parts
 
 
@@ -104,14 +107,13 @@ def _kv_heads(shape: AttentionShape, tp_size: int) -> int:
 
 
 def _draft_weights(text: TextShape, tp_size: int) -> int:
-    """The MTP layers: a sliding layer with a dense MLP each, `eh_proj` and a head of their own."""
-    shape = _sliding(text)
-    heads = 2 * shape.num_heads * shape.head_dim + shape.num_heads  # q, o and the head gate
-    rows = heads + 3 * text.dense_intermediate + text.vocab_size
-    cut = rows * text.hidden_size // tp_size
-    kv = 2 * _kv_heads(shape, tp_size) * shape.head_dim * text.hidden_size
-    joined = 2 * text.hidden_size**2  # eh_proj, whole on every rank
-    return text.num_mtp_layers * 2 * (cut + kv + joined)
+    """The MTP layers with their heads; the embedding is the main model's."""
+    decoder = len(text.layers) - text.num_mtp_layers
+    return sum(
+        _share(name, spec, text, tp_size)
+        for layer in range(decoder, len(text.layers))
+        for name, spec in mtp_tensors(text, layer).items()
+    )
 
 
 def _sliding(text: TextShape) -> AttentionShape:

@@ -25,9 +25,6 @@ from step37_ext.model.parallel import Parallel, check_parallel, check_vision_hea
 
 DEFAULT_CONTEXT, DEFAULT_CONCURRENCY = 32768, 1
 
-DRAFTS_SERVED = False
-"""Whether the attention backend step37 serves drafts; tests hold it to the start's own check."""
-
 _SMALLEST_CHUNK = 4096  # below it SGLang's least reserve of 10 GiB counts
 _MOST_NODES = 4
 _QUANTS: tuple[Quant, ...] = get_args(Quant)
@@ -120,11 +117,6 @@ def _check(request: Request) -> None:
             f"--count {request.count} with --nodes {request.nodes}: {error}; "
             f"possible are {possible} GPUs in all"
         ) from None
-    if request.mtp and not DRAFTS_SERVED:
-        raise ValueError(
-            "--mtp: the attention backend step37 does not serve the model's MTP layers as drafts "
-            "yet, and a start with --speculative-algorithm is refused"
-        )
 
 
 def _check_ranks(tp_size: int, ep_size: int, quant: Quant) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from step37_ext.deploy.command import HEAD_NODE, in_shell
+from step37_ext.deploy.estimate import LAUNCH_US, REACHED, Estimate, estimate
 from step37_ext.deploy.hardware import GIB
 from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO, release
 from step37_ext.deploy.plans import Plan, Request
@@ -35,8 +36,7 @@ def print_plan(plan: Plan, commands: list[list[str]]) -> None:
     print()
     for sentence in reasons(plan):
         print(f"- {sentence}")
-    if not plan.fits:
-        print(f"\n{no_fit(plan)}")
+    print(f"\n{speed(plan) if plan.fits else no_fit(plan)}")
     for command in commands:
         print(f"\n{in_shell(command)}")
 
@@ -119,6 +119,24 @@ def _parallel_reasons(plan: Plan) -> Iterator[str]:
     )
 
 
+def speed(plan: Plan) -> str:
+    """The estimate of a plan's speed, with what it rests on."""
+    found, load = estimate(plan), plan.request.workload
+    low, high = found.tokens_per_s
+    shares = f"{REACHED[0]:.0%} to {REACHED[1]:.0%}"
+    text = (
+        f"Estimate, not measured: {low:.0f} to {high:.0f} tokens/s while decoding "
+        f"{load.concurrency} x {load.context} tokens. "
+        f"{plan.gpu.sheet.name}'s data sheet allows a step of {found.floor_us / 1e3:.2f} ms, of "
+        f"which {shares} are assumed to be reached, and {found.launches} kernels to start in "
+        f"{LAUNCH_US[1]:g} to {LAUNCH_US[0]:g} us each"
+    )
+    if found.all_reduces:
+        slow, fast = found.all_reduce_us
+        text += f", with {found.all_reduces} all-reduces of {fast:g} to {slow:g} us each"
+    return text + (". What drafts gain is not in it" if plan.request.mtp else "")
+
+
 def no_fit(plan: Plan) -> str:
     """What is missing, and which plans fit."""
     text = f"Each GPU lacks {-plan.memory.left / GIB:.2f} GiB. "
@@ -173,7 +191,23 @@ def as_json(plan: Plan, commands: list[list[str]]) -> dict[str, Any]:
             "context": plan.request.workload.context,
             "concurrency": plan.request.workload.concurrency,
         },
+        "estimate_not_measured": _speed_json(estimate(plan)) if plan.fits else None,
         "reasons": list(reasons(plan)),
         "commands": commands,
         "nearest": [plan_command(request) for request in plan.nearest],
+    }
+
+
+def _speed_json(found: Estimate) -> dict[str, Any]:
+    low, high = found.tokens_per_s
+    return {
+        "decode_tokens_per_s": {"low": low, "high": high},
+        "step_us": {"slow": found.step_us[0], "fast": found.step_us[1]},
+        "floor_us": found.floor_us,
+        "assumed_share_of_floor": {"low": REACHED[0], "high": REACHED[1]},
+        "launches": found.launches,
+        "assumed_launch_us": {"slow": LAUNCH_US[0], "fast": LAUNCH_US[1]},
+        "all_reduces": found.all_reduces,
+        "assumed_all_reduce_us": {"slow": found.all_reduce_us[0], "fast": found.all_reduce_us[1]},
+        "sending_us": found.sent_us,
     }

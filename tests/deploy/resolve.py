@@ -18,7 +18,8 @@ from step37_ext import hooks
 FIELDS = (
     "tp_size ep_size nnodes quantization kv_cache_dtype attention_backend context_length "
     "max_running_requests chunked_prefill_size swa_full_tokens_ratio mem_fraction_static "
-    "reasoning_parser tool_call_parser trust_remote_code model_impl"
+    "reasoning_parser tool_call_parser trust_remote_code model_impl speculative_algorithm "
+    "enable_multi_layer_eagle"
 ).split()
 
 

@@ -75,7 +75,6 @@ def test_named_plans_are_what_a_user_can_type(arguments):
     "arguments, said",
     [
         ("command --gpu h200 --count 3 --quant fp8", "--count 3 with --nodes 1: --tp 3 does not"),
-        ("command --gpu h200 --count 4 --quant fp8 --mtp", "--mtp: the attention backend"),
         ("command --gpu a100 --count 4 --quant fp8", "'a100' is not one of 'h100', 'h200'"),
         ("command --gpu h200 --count four --quant fp8", "'--count': 'four' is not a valid integer"),
         ("serve --gpu gb200 --count 4 --nodes 2 --quant fp8", "--nodes 2: serve starts one node"),

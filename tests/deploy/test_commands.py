@@ -8,11 +8,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from step37_ext.deploy import plans
 from step37_ext.deploy.command import MODELS, docker_command, in_shell, serve_command
 from step37_ext.deploy.hardware import static_fraction
 from step37_ext.deploy.memory import release_config
@@ -37,6 +35,8 @@ PAGE = [
         itertools.product((False, True), repeat=2),
     )
 ]
+DRAFTING = 48
+"""SGLang's default of --max-running-requests with drafts."""
 OTHERS = [
     Request("h200", 1, "nvfp4"),
     Request("h200", 1, "nvfp4", context=131072),
@@ -45,8 +45,9 @@ OTHERS = [
     Request("h100", 8, "fp8", concurrency=16),
     Request("h100", 8, "nvfp4", nodes=2),
     Request("gb200", 4, "fp8", nodes=2, context=65536),
+    *(Request("h200", 4, quant, mtp=True) for quant in ("bf16", "fp8", "nvfp4")),
+    Request("b200", 4, "nvfp4", concurrency=64, mtp=True),
 ]
-DRAFTS = Request("b200", 4, "bf16", mtp=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Request, dict | s
         (folder / quant).mkdir()
         config = release_config() | ({"quantization_config": quantization} if quantization else {})
         (folder / quant / "config.json").write_text(json.dumps(config))
-    with mock.patch.object(plans, "DRAFTS_SERVED", True):
-        made = {request: make_plan(request) for request in (*PAGE, *OTHERS, DRAFTS)}
+    made = {request: make_plan(request) for request in (*PAGE, *OTHERS)}
     work = [(local(plan, folder), plan.gpu.memory_mib) for plan in made.values()]
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("resolve.py"))],
@@ -91,7 +91,9 @@ def test_sglang_reads_what_was_planned(resolved, request_):
         "attention_backend": "step37",
         "trust_remote_code": True,
         "context_length": request_.context,
-        "max_running_requests": request_.concurrency or MAX_BATCH,
+        "max_running_requests": request_.concurrency or (DRAFTING if request_.mtp else MAX_BATCH),
+        "speculative_algorithm": "EAGLE" if request_.mtp else None,
+        "enable_multi_layer_eagle": request_.mtp,
         "chunked_prefill_size": settings.prefill_chunk,
         "swa_full_tokens_ratio": settings.sliding_ratio,
         "reasoning_parser": "step3p5" if request_.reasoning else None,
@@ -108,12 +110,6 @@ def test_sglang_reserves_what_was_planned(resolved, request_):
     plan = make_plan(request_)
     planned = static_fraction(plan.gpu, request_.gpus, plan.memory.settings.prefill_chunk, 0)
     assert resolved[request_]["mem_fraction_static"] == pytest.approx(planned, abs=1e-9)
-
-
-def test_drafts_are_refused_by_the_start_too(resolved):
-    """Once this fails, `DRAFTS_SERVED` in deploy/plans.py is to be switched on."""
-    assert not plans.DRAFTS_SERVED
-    assert "step37 does not support --speculative-algorithm" in resolved[DRAFTS]
 
 
 def test_docker_runs_the_same_command():

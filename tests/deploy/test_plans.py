@@ -33,9 +33,17 @@ def test_rows_of_the_deployment_page(gpu, quant, reasoning, tools):
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("gpu", PAGE_GPUS)
-def test_drafts_are_not_served_yet(gpu, quant):
-    with pytest.raises(ValueError, match="--mtp: .* refused"):
-        make_plan(Request(gpu, 4, quant, mtp=True))
+def test_drafts_take_memory_and_flags_in_every_format(gpu, quant):
+    """Three layers more: weights, and cache in the sliding pool."""
+    plain, drafting = (make_plan(Request(gpu, 4, quant, mtp=mtp)) for mtp in (False, True))
+    assert drafting.fits
+    flags = (
+        "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
+        "--speculative-num-draft-tokens 4 --enable-multi-layer-eagle"
+    )
+    assert serve_command(drafting) == serve_command(plain) + flags.split()
+    assert drafting.memory.pool == plain.memory.pool - drafting.memory.weights["drafts"]
+    assert drafting.memory.cost.sliding * 33 == plain.memory.cost.sliding * 36
 
 
 @pytest.mark.parametrize("gpu, count", [("h200", 1), ("h100", 2)])
