@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.harness.cells import GIB, Cell, Work
+from benchmarks.harness.cells import GIB, Cell
 from benchmarks.harness.timing import calls_needed, copies_needed
-from benchmarks.shapes import ATTENTION, HEAD_DIM, Attention
+from benchmarks.shapes import ATTENTION
+from step37_ext.deploy import roofline
+from step37_ext.deploy.work import (
+    CACHE_BYTES,
+    Heads,
+    Work,
+    decode_attention,
+    prefill_attention,
+    prologue,
+)
 
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (1024, 8192, 65536, 262144)
@@ -15,30 +24,11 @@ NEW_TOKENS = (2048, 8192, 32768)
 PREFIXES = (0, 65536)
 PROLOGUE_TOKENS = (1, 64, 256, 1024, 4096, 8192, 32768)
 PARALLEL = (1, 4)
-CACHES = ("fp8", "bf16")
+CACHES = tuple(CACHE_BYTES)
 PAGE_SIZE = 64  # the largest that is supported; the schedule of keys is the same for all
 
 _MOST_COPIES = 1024  # of caches so small that 4 GiB would be tens of thousands of them
 _PREFILL_COPIES = 2  # prefill's time is arithmetic, and its newest keys are in L2 when it is used
-_CACHE_BYTES = {"fp8": 1, "bf16": 2}
-
-
-@dataclass(frozen=True)
-class Heads:
-    """One kind of attention on one rank."""
-
-    kind: Attention
-    query: int
-    kv: int
-
-    @property
-    def qkv_width(self) -> int:
-        """Columns of the fused projection."""
-        return (self.query + 2 * self.kv) * HEAD_DIM
-
-    def kv_bytes(self, keys: int, cache: str) -> int:
-        """Bytes of so many keys and values."""
-        return 2 * keys * self.kv * HEAD_DIM * _CACHE_BYTES[cache]
 
 
 def heads_of(cell: Cell) -> Heads:
@@ -48,39 +38,7 @@ def heads_of(cell: Cell) -> Heads:
 
 def heads(kind: str, parallel: int) -> Heads:
     """Query and KV heads of one rank."""
-    of = ATTENTION[kind]
-    return Heads(of, of.query_heads // parallel, of.kv_heads // parallel)
-
-
-def decode_work(of: Heads, batch: int, context: int, cache: str) -> Work:
-    """One new token of each sequence: the keys and values it sees, once for all its heads."""
-    keys = of.kind.visible(context)
-    kv = batch * of.kv_bytes(keys, cache)
-    moved = kv + 2 * batch * of.query * HEAD_DIM * 2
-    return Work(kv, moved, 4 * batch * of.query * HEAD_DIM * keys, "bf16")
-
-
-def prefill_work(of: Heads, new: int, prefix: int, cache: str) -> Work:
-    """One sequence's new tokens over its prefix and each other, only the visible pairs."""
-    end = prefix + new
-    first_key = 0 if of.kind.window is None else max(0, prefix + 1 - of.kind.window)
-    kv = of.kv_bytes(end - first_key, cache)
-    pairs = _triangle(of.kind, end) - _triangle(of.kind, prefix)
-    moved = kv + 2 * new * of.query * HEAD_DIM * 2
-    return Work(kv, moved, 4 * of.query * HEAD_DIM * pairs, "bf16")
-
-
-def _triangle(kind: Attention, length: int) -> int:
-    """Visible (query, key) pairs of a sequence from its start."""
-    window = length if kind.window is None else min(kind.window, length)
-    return window * (window + 1) // 2 + (length - window) * window
-
-
-def prologue_work(of: Heads, tokens: int, cache: str) -> Work:
-    """qkv and cosines read, q and the cache written; no matrix product."""
-    moved = tokens * (of.qkv_width * 2 + of.kind.rotary_dim * 4 + of.query * HEAD_DIM * 2)
-    moved += of.kv_bytes(tokens, cache)
-    return Work(moved, moved, 0.0, "bf16")
+    return roofline.heads_of(ATTENTION[kind], parallel)
 
 
 @dataclass(frozen=True)
@@ -103,12 +61,12 @@ def _rotation(operation: str, touched: float) -> Rotation:
     return Rotation(copies, calls_needed(touched, copies, _MOST_COPIES))
 
 
-def stored_pages(kind: Attention, context: int) -> tuple[int, int]:
+def stored_pages(of: Heads, context: int) -> tuple[int, int]:
     """First page that a sequence of that length needs, and the end of its pages.
 
     Pages that left the window are not kept, as in a server's sliding-window pool.
     """
-    return (context - kind.visible(context)) // PAGE_SIZE, -(-context // PAGE_SIZE)
+    return (context - of.visible(context)) // PAGE_SIZE, -(-context // PAGE_SIZE)
 
 
 def cells() -> list[Cell]:
@@ -138,13 +96,13 @@ def _decode() -> Iterator[Cell]:
     for settings, of, cache in _variants():
         for batch in BATCHES:
             for context in CONTEXTS:
-                work = decode_work(of, batch, context, cache)
-                first, end = stored_pages(of.kind, context)
+                work = decode_attention(of, batch, context, cache)
+                first, end = stored_pages(of, context)
                 one = batch * of.kv_bytes((end - first) * PAGE_SIZE, cache)
                 memory = one * _rotation("decode", work.stream_bytes).copies
-                later = (cache != "fp8") + (batch not in (1, 64)) + (of.kind.window is not None)
+                later = (cache != "fp8") + (batch not in (1, 64)) + (of.window is not None)
                 # What a window leaves out does not change the work: one context tells most.
-                later += context not in (8192, 65536) if of.kind.window is None else context != 8192
+                later += context not in (8192, 65536) if of.window is None else context != 8192
                 sizes = {"batch": batch, "context": context}
                 yield _cell("decode", settings | sizes, later, work, memory)
 
@@ -153,9 +111,9 @@ def _prefill() -> Iterator[Cell]:
     for settings, of, cache in _variants():
         for new in NEW_TOKENS:
             for prefix in PREFIXES:
-                work = prefill_work(of, new, prefix, cache)
+                work = prefill_attention(of, new, prefix, cache)
                 memory = _PREFILL_COPIES * of.kv_bytes(prefix + new, cache)
-                memory += 4 * new * of.query * HEAD_DIM * 2
+                memory += 4 * new * of.query * of.dim * 2
                 later = 1 + (cache != "fp8") + (new != 8192) + (prefix != 0)
                 sizes = {"new": new, "prefix": prefix}
                 yield _cell("prefill", settings | sizes, later, work, memory)
@@ -164,7 +122,7 @@ def _prefill() -> Iterator[Cell]:
 def _prologue() -> Iterator[Cell]:
     for settings, of, cache in _variants():
         for tokens in PROLOGUE_TOKENS:
-            work = prologue_work(of, tokens, cache)
+            work = prologue(of, tokens, cache)
             memory = 2 * work.bytes * _rotation("prologue", work.stream_bytes).copies
             later = 1 + (cache != "fp8") + (tokens not in (64, 4096))
             yield _cell("prologue", settings | {"tokens": tokens}, later, work, memory)

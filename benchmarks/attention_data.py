@@ -67,7 +67,7 @@ def make_problem(cell: Cell, copies: int) -> Problem:
     length = int(settings.get("context", int(settings.get("prefix", 0)) + queries))
     generator = torch.Generator(DEVICE).manual_seed(length)
     if queries == 1:
-        first, end = stored_pages(of.kind, length)
+        first, end = stored_pages(of, length)
     else:
         first, end = 0, -(-length // PAGE_SIZE)
     count = batch * (end - first)
@@ -81,22 +81,27 @@ def make_problem(cell: Cell, copies: int) -> Problem:
         of,
         torch.randn(tokens, of.query, HEAD_DIM, generator=generator, device=DEVICE).bfloat16(),
         torch.randn(tokens, of.query, generator=generator, device=DEVICE).bfloat16(),
-        _normal(shape, dtype, K_SCALE, generator),
-        _normal(shape, dtype, V_SCALE, generator),
+        cache_values(shape, dtype, K_SCALE, generator),
+        cache_values(shape, dtype, V_SCALE, generator),
         pages,
         torch.full((batch,), length, dtype=torch.int32, device=DEVICE),
         torch.full((batch,), queries, dtype=torch.int32, device=DEVICE),
     )
 
 
-def _normal(
-    shape: tuple[int, ...], dtype: torch.dtype, scale: float, generator: torch.Generator
+def cache_values(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: float,
+    generator: torch.Generator,
+    std: float = 1.0,
 ) -> Tensor:
     """Normal values as a cache holds them: divided by `scale` in e4m3, as they are in bf16."""
-    out = torch.empty(shape, dtype=dtype, device=DEVICE)
-    std = 1 / scale if dtype == torch.float8_e4m3fn else 1.0
-    for part in out.view(-1, HEAD_DIM).split(1 << 20):  # the fp32 values of a part at a time
-        values = torch.randn(part.shape, generator=generator, device=DEVICE)
+    out = torch.empty(shape, dtype=dtype, device=generator.device)
+    if dtype == torch.float8_e4m3fn:
+        std /= scale
+    for part in out.view(-1, shape[-1]).split(1 << 20):  # the fp32 values of a part at a time
+        values = torch.randn(part.shape, generator=generator, device=generator.device)
         part.copy_(values.mul_(std).clamp_(-448, 448))
     return out
 
@@ -171,7 +176,7 @@ def check_decode(problem: Problem, found: Tensor, head_gate: Tensor | None) -> f
         problem.seq_lens[chosen],
         problem.query_lens[chosen],
         SOFTMAX_SCALE,
-        problem.heads.kind.window,
+        problem.heads.window,
         problem.k_scale,
         problem.v_scale,
         None if head_gate is None else head_gate[chosen],
@@ -198,7 +203,7 @@ def check_prefill(problem: Problem, found: Tensor, head_gate: Tensor | None) -> 
             torch.tensor([length - new + end]),
             torch.tensor([count]),
             SOFTMAX_SCALE,
-            problem.heads.kind.window,
+            problem.heads.window,
             problem.k_scale,
             problem.v_scale,
             None if head_gate is None else head_gate[part],

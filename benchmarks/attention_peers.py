@@ -32,7 +32,7 @@ def _indptr(counts: Tensor) -> Tensor:
 
 def _window_left(problem: Problem) -> int:
     """Keys before the newest that are seen, -1 for all: the convention of FlashInfer and FA."""
-    window = problem.heads.kind.window
+    window = problem.heads.window
     return -1 if window is None else window - 1
 
 
@@ -123,7 +123,7 @@ class FlashAttention3(AttentionSubject):
             "page_table": problem.page_table,
             "softmax_scale": SOFTMAX_SCALE,
             "causal": True,
-            "window_size": (_window_left(problem), 0 if of.kind.window else -1),
+            "window_size": (_window_left(problem), 0 if of.window else -1),
         }
         if problem.k.dtype == torch.float8_e4m3fn:
             ones = torch.ones(batch, of.kv, device=q.device)
@@ -160,7 +160,7 @@ class SGLangTriton(AttentionSubject):
     def _bind_decode(self, problem: Problem) -> Bound:
         batch, heads = problem.seq_lens.shape[0], problem.heads
         length = int(problem.seq_lens[0])
-        visible = heads.kind.visible(length)
+        visible = heads.visible(length)
         slots = problem.slots(range(batch))[:, length - visible : length]
         indices = slots.flatten().contiguous()
         ends = _indptr(torch.full_like(problem.seq_lens, visible))
@@ -224,7 +224,7 @@ class FlexAttention(AttentionSubject):
 
     def bind(self, problem: Problem, cell: Cell) -> Bound:
         new, length = problem.q.shape[0], int(problem.seq_lens[0])
-        prefix, window = length - new, problem.heads.kind.window or length
+        prefix, window = length - new, problem.heads.window or length
         slots = problem.slots([0])[0, :length]
 
         def visible(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:

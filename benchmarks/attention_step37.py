@@ -20,7 +20,7 @@ from benchmarks.attention_data import (
 )
 from benchmarks.expert_data import BF16_ROUNDING, DEVICE, relative_l2
 from benchmarks.harness.cells import Accuracy, Cell, Trial
-from benchmarks.shapes import HEAD_DIM, RMS_NORM_EPS
+from benchmarks.shapes import ATTENTION, HEAD_DIM, RMS_NORM_EPS
 from step37_kernels.reference.attention import prologue as reference_prologue
 from step37_kernels.reference.attention import write_cache
 from step37_kernels.reference.rotary import cos_sin_cache
@@ -65,7 +65,7 @@ class Step37Attention(AttentionSubject):
     def bind(self, problem: Problem, cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
         options: dict[str, Any] = {
             "softmax_scale": SOFTMAX_SCALE,
-            "window": problem.heads.kind.window,
+            "window": problem.heads.window,
             "page_size": PAGE_SIZE,
             "k_scale": problem.k_scale,
             "v_scale": problem.v_scale,
@@ -81,6 +81,7 @@ class Step37Attention(AttentionSubject):
         if cell.operation != "prologue":
             return super().prepare(cell)
         of, tokens = heads_of(cell), int(cell.settings["tokens"])
+        theta = ATTENTION[str(cell.settings["kind"])].rope_theta
         copies = rotation(cell).copies
         qkv = torch.empty(copies, tokens, of.qkv_width, dtype=torch.bfloat16, device=DEVICE)
         dtype = CACHE_DTYPE[str(cell.settings["cache"])]
@@ -91,7 +92,7 @@ class Step37Attention(AttentionSubject):
             torch.randperm(copies * tokens, device=DEVICE).int(),
             torch.randn(HEAD_DIM, device=DEVICE).mul(0.1).bfloat16(),
             torch.randn(HEAD_DIM, device=DEVICE).mul(0.1).bfloat16(),
-            cos_sin_cache(of.kind.rotary_dim, of.kind.rope_theta, tokens, None).to(DEVICE),
+            cos_sin_cache(of.rotary_dim, theta, tokens, None).to(DEVICE),
             caches[0],
             caches[1],
         )

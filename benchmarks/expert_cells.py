@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -10,9 +9,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cells import GIB, Cell, Work
+from benchmarks.harness.cells import GIB, Cell
 from benchmarks.harness.timing import calls_needed, copies_needed
 from benchmarks.shapes import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K
+from step37_ext.deploy.expected_experts import chances, distinct
+from step37_ext.deploy.work import (
+    BYTES_PER_WEIGHT,
+    Work,
+    added,
+    route,
+    routed_experts,
+    shared_expert,
+)
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 FORMATS = (  # weights and what the activations are multiplied as
@@ -25,12 +33,6 @@ FORMATS = (  # weights and what the activations are multiplied as
 )
 ROUTINGS = ("uniform", "zipf")
 GATES = 256  # distinct gate weights that routing cells rotate over: 600 MB, ten times an L2
-
-_BYTES_PER_WEIGHT = {
-    "bf16": 2.0,
-    "fp8": 1 + 4 / (128 * 128),  # an fp32 scale per block of 128 x 128
-    "nvfp4": 0.5 + 1 / 16,  # an e4m3 scale per 16
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Shard:
     def bytes_of(self, weight_format: str, experts: float | None = None) -> float:
         """Bytes of that many of its experts (None: all)."""
         count = self.experts if experts is None else experts
-        return count * self.weights_per_expert * _BYTES_PER_WEIGHT[weight_format]
+        return count * self.weights_per_expert * BYTES_PER_WEIGHT[weight_format]
 
 
 SHARDS = {
@@ -65,6 +67,12 @@ SHARDS = {
 }
 
 
+@cache
+def _popularity() -> Tensor:
+    """Each expert's rank in popularity under "zipf", int64 [EXPERTS] from 1; always the same."""
+    return torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0)) + 1
+
+
 def draw(tokens: int, routing: str, seed: int) -> Tensor:
     """Expert ids int64 [tokens, TOP_K], distinct in a row, on the CPU.
 
@@ -75,8 +83,8 @@ def draw(tokens: int, routing: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(tokens, EXPERTS, generator=generator)
     if routing == "zipf":
-        rank = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0)) + 1
-        keys = -torch.log(-torch.log(keys.clamp(1e-20, 1 - 1e-7))) - torch.log(rank.float())
+        gumbel = -torch.log(-torch.log(keys.clamp(1e-20, 1 - 1e-7)))
+        keys = gumbel - torch.log(_popularity().float())
     return keys.topk(TOP_K, dim=1).indices
 
 
@@ -88,42 +96,30 @@ def used(ids: Tensor, shard: Shard) -> tuple[int, int]:
 
 
 def expected(tokens: int, routing: str, shard: Shard) -> tuple[float, float]:
-    """Expected `used`: by formula for "uniform", as the mean of four draws for "zipf"."""
-    if routing == "uniform":
-        # An expert is not among one token's eight with probability 1 - 8/288.
-        distinct = shard.experts * (1 - (1 - TOP_K / EXPERTS) ** tokens)
-        return distinct, tokens * TOP_K * shard.experts / EXPERTS
-    counts = [used(ids, shard) for ids in _drawn(tokens, routing)]
-    return sum(d for d, _ in counts) / len(counts), sum(p for _, p in counts) / len(counts)
-
-
-@cache
-def _drawn(tokens: int, routing: str) -> list[Tensor]:
-    """Draws that the shards' expectations are taken from."""
-    return [draw(tokens, routing, seed) for seed in range(4)]
+    """Expected `used`."""
+    by_rank = chances(EXPERTS, TOP_K, 1.0 if routing == "zipf" else 0.0)
+    ranks = _popularity()[shard.first_expert :][: shard.experts].tolist()
+    local = [by_rank[rank - 1] for rank in ranks]
+    return distinct(tokens, local), tokens * sum(local)
 
 
 def work(
     weight_format: str, activations: str, shard: Shard, tokens: int, distinct: float, pairs: float
 ) -> Work:
     """One layer's routed experts: `distinct` experts read once, `pairs` rows multiplied."""
-    weights = shard.bytes_of(weight_format, distinct)
-    inputs_and_output = 2 * tokens * HIDDEN * 2 + tokens * TOP_K * 8
-    flops = 2 * pairs * shard.weights_per_expert
-    return Work(weights, weights + inputs_and_output, flops, activations)
+    return routed_experts(
+        tokens, HIDDEN, TOP_K, shard.intermediate, distinct, pairs, weight_format, activations
+    )
 
 
 def shared_work(shard: Shard, tokens: int) -> Work:
     """The shared expert (BF16), whole on every rank with EP, split like the others with TP."""
-    weights = 3 * shard.intermediate * HIDDEN
-    return Work(2 * weights, 2 * weights, 2 * tokens * weights, "bf16")
+    return shared_expert(tokens, HIDDEN, shard.intermediate)
 
 
 def route_work(tokens: int) -> Work:
-    """The router with a BF16 gate: reads it and hidden, writes weights and ids."""
-    weights = 2 * EXPERTS * HIDDEN
-    moved = weights + tokens * (2 * HIDDEN + 8 * TOP_K)
-    return Work(weights, moved, 2 * tokens * EXPERTS * HIDDEN, "bf16")
+    """The router with a BF16 gate."""
+    return route(tokens, HIDDEN, EXPERTS, TOP_K)
 
 
 def rotation(weight_format: str, shard: Shard, touched_bytes: float) -> tuple[int, int]:
@@ -182,16 +178,6 @@ def routed_cell(
         f"{weight_format} x {activations} {shard.name}",
         done,
         memory,
-    )
-
-
-def added(*works: Work) -> Work:
-    """The work of several operations, one after the other; multiplied as the first is."""
-    return Work(
-        math.fsum(w.stream_bytes for w in works),
-        math.fsum(w.bytes for w in works),
-        math.fsum(w.flops for w in works),
-        works[0].matmul,
     )
 
 

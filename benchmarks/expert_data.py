@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.expert_cells import SHARDS, Shard, draw, rotation, used, work
 from benchmarks.harness.cells import Accuracy, Cell, Trial, Work
-from benchmarks.shapes import HIDDEN, ROUTER_SCALING, TOP_K
+from benchmarks.shapes import HIDDEN, INTERMEDIATE, ROUTER_SCALING, TEXT, TOP_K
+from step37_ext.model.experts import ExpertShard, RoutedExperts
 from step37_kernels.checks import ceil_div
-from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
+from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts
 from step37_kernels.reference.experts import experts
 
 _CHECKED_ROWS = 64  # tokens do not see each other: as many rows tell as much as all of them
@@ -27,58 +28,48 @@ NVFP4_ACTIVATIONS = 0.25
 
 
 def raw_weights(weight_format: str, shard: Shard, seed: int) -> ExpertWeights:
-    """One layer's weights in the checkpoint's layout, with random values of realistic size.
+    """One layer's weights in the checkpoint's layout, with random values of realistic size."""
+    first_row = shard.intermediate if shard.intermediate < INTERMEDIATE else 0  # rank 1's
+    part = ExpertShard(shard.first_expert, shard.experts, first_row, shard.intermediate)
+    with DEVICE:
+        weights = RoutedExperts(TEXT, part, weight_format, torch.bfloat16).weights
+    fill_experts(weights, torch.Generator(DEVICE).manual_seed(seed))
+    return weights
+
+
+def fill_experts(weights: ExpertWeights, generator: torch.Generator) -> None:
+    """Fill `weights` with random values whose standard deviation is about hidden_size^-1/2.
 
     They are made in the format itself, expert by expert: quantising a layer would need its fp32
     copy. Gate and up have equal NVFP4 global scales, as some peers need them.
     """
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    e, n, k = shard.experts, shard.intermediate, HIDDEN
-    scale = k**-0.5
+    std = weights.hidden_size**-0.5
 
-    def normal(rows: int, columns: int, dtype: torch.dtype, std: float) -> Tensor:
-        out = torch.empty(e, rows, columns, dtype=dtype, device=DEVICE)
+    def normal(out: Tensor, deviation: float) -> None:
         for one in out:
-            values = torch.randn(rows, columns, generator=generator, device=DEVICE)
-            one.copy_(values.mul_(std).clamp_(-448, 448))
-        return out
+            values = torch.randn(one.shape, generator=generator, device=out.device)
+            one.copy_(values.mul_(deviation).clamp_(-448, 448))
 
-    def uniform(shape: Sequence[int], low: float, high: float) -> Tensor:
-        values = torch.rand(shape, generator=generator, device=DEVICE)
-        return values.mul_(high - low).add_(low)
+    def uniform(out: Tensor, low: float, high: float) -> None:
+        for one in out:
+            values = torch.rand(one.shape, generator=generator, device=out.device)
+            one.copy_(values.mul_(high - low).add_(low))
 
-    if weight_format == "bf16":
-        bf16 = torch.bfloat16
-        return BF16Experts(normal(2 * n, k, bf16, scale), normal(k, n, bf16, scale))
-    if weight_format == "fp8":
-        offset = n % 128  # rank 1 of a tensor-parallel shard begins where rank 0 ended
-        blocks = ceil_div(offset + n, 128)
-        e4m3 = torch.float8_e4m3fn
-        return FP8Experts(
-            normal(2 * n, k, e4m3, 64.0),
-            uniform((e, 2, blocks, ceil_div(k, 128)), 0.5 * scale / 64, 1.5 * scale / 64),
-            normal(k, n, e4m3, 64.0),
-            uniform((e, ceil_div(k, 128), blocks), 0.5 * scale / 64, 1.5 * scale / 64),
-            intermediate_offset=offset,
-        )
-
-    def nibbles(rows: int, columns: int) -> Tensor:
-        shape = (e, rows, columns // 2)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=DEVICE)
-
-    def block_scales(rows: int, columns: int) -> Tensor:
-        return uniform((e, rows, columns // 16), 64.0, 448.0).to(torch.float8_e4m3fn)
-
-    # A random nibble is about 2.7 and a block scale about 260.
-    global_scale = torch.full((e,), scale / 700, dtype=torch.float32, device=DEVICE)
-    return NVFP4Experts(
-        nibbles(2 * n, k),
-        block_scales(2 * n, k),
-        global_scale[:, None].repeat(1, 2),
-        nibbles(k, n),
-        block_scales(k, n),
-        global_scale,
-    )
+    if isinstance(weights, BF16Experts):
+        normal(weights.w13, std)
+        normal(weights.w2, std)
+    elif isinstance(weights, FP8Experts):
+        for data, scale in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
+            normal(data, 64.0)
+            uniform(scale, 0.5 * std / 64, 1.5 * std / 64)
+    else:
+        for data, scale in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
+            for one in data:
+                one.random_(generator=generator)
+            uniform(scale, 64.0, 448.0)
+        # A random nibble is about 2.7 and a block scale about 260.
+        weights.w13_global_scale.fill_(std / 700)
+        weights.w2_global_scale.fill_(std / 700)
 
 
 @dataclass(frozen=True)

@@ -6,36 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.harness.timing import Call
+from benchmarks.harness.limits import Measured
+from benchmarks.harness.timing import Call, Timing
+from step37_ext.deploy.work import Work
 
 Setting = str | int | float
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call has to do at the least.
-
-    Attributes:
-        stream_bytes: what GB/s counts: the weights of the experts used, or the keys and values
-            seen, once each.
-        bytes: stream_bytes and the inputs and outputs beside them.
-        flops: multiplications and additions of the matrix products.
-        matmul: the type they are multiplied in: "bf16" (fp16 alike), "fp8" or "nvfp4".
-    """
-
-    stream_bytes: float
-    bytes: float
-    flops: float
-    matmul: str
-
-    def floor(self, bandwidth: float, flops: Mapping[str, float]) -> float:
-        """The least microseconds at these bytes/s and FLOP/s.
-
-        A GPU without the type has no floor of it: then only the bytes count.
-        """
-        rate = flops.get(self.matmul)
-        return max(self.bytes / bandwidth, self.flops / rate if rate else 0.0) * 1e6
+COUNTED_ON = 0.95
+"""Share of a GPU's memory that a cell may need where it is not known how much will be free."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +65,14 @@ class Trial:
         check: compares the first call's result with the reference.
         work: of one call, the mean over calls.
         graph: whether the calls can be captured in a CUDA graph.
+        details: what else there is to say once the time and the GPU's limits are known.
     """
 
     calls: Sequence[Call]
     check: Callable[[], Accuracy]
     work: Work
     graph: bool = True
+    details: Callable[[Timing, Measured], dict[str, Any]] | None = None
 
 
 class Subject(Protocol):

@@ -1,4 +1,4 @@
-"""Which machine and which code a result belongs to, and the maker's figures for the GPU."""
+"""Which machine and which code a result belongs to."""
 
 from __future__ import annotations
 
@@ -14,43 +14,15 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class DataSheet:
-    """The maker's figures of one GPU: bytes/s, and dense FLOP/s by multiplication type."""
-
-    name: str
-    bandwidth: float
-    flops: dict[str, float]
-
-
-def _sheet(name: str, terabytes: float, bf16: float, fp8: float, nvfp4: float | None) -> DataSheet:
-    rates = {"bf16": bf16 * 1e12, "fp8": fp8 * 1e12}
-    if nvfp4 is not None:
-        rates["nvfp4"] = nvfp4 * 1e12
-    return DataSheet(name, terabytes * 1e12, rates)
-
-
-# By a part of the device's name, the first that fits. NVIDIA's data sheets "H100 Tensor Core GPU",
-# "H200 Tensor Core GPU", "HGX B200/B300" and "GB200/GB300 NVL72", divided by the number of GPUs
-# and without sparsity.
-DATA_SHEETS = {
-    "GB300": _sheet("GB300", 8.0, 2500, 5000, 15000),
-    "B300": _sheet("B300", 8.0, 2250, 4500, 13500),
-    "GB200": _sheet("GB200", 8.0, 2500, 5000, 10000),
-    "B200": _sheet("B200", 8.0, 2250, 4500, 9000),
-    "H200 NVL": _sheet("H200 NVL", 4.8, 835, 1671, None),
-    "H200": _sheet("H200", 4.8, 989, 1979, None),
-    "H100 PCIe": _sheet("H100 PCIe", 2.0, 756, 1513, None),
-    "H100 NVL": _sheet("H100 NVL", 3.9, 835, 1671, None),
-    "H100 80GB HBM3": _sheet("H100 SXM", 3.35, 989, 1979, None),
-}
-
-
-def data_sheet(device_name: str) -> DataSheet | None:
-    """The figures of the GPU that PyTorch calls `device_name`; None where it is not in the list."""
-    return next((sheet for part, sheet in DATA_SHEETS.items() if part in device_name), None)
+SOURCES = ("kernels/step37_kernels", "benchmarks", "step37_ext/model", "step37_ext/deploy")
+_DECIDE_NO_TIME = (  # what is said of times, what is not timed here, and `step37 command`
+    *(f"benchmarks/{name}.py" for name in ("render", "serving", "predictions", "measurements")),
+    *("benchmarks/*_report.py", "benchmarks/*_accuracy.py", "benchmarks/static_*.py"),
+    *(f"benchmarks/harness/{name}.py" for name in ("report", "plot", "static")),
+    "benchmarks/step_tiny.py",
+    "kernels/step37_kernels/evidence/*.py",
+    *(f"step37_ext/deploy/{name}.py" for name in ("report", "cli", "command", "estimate", "plans")),
+)
 
 
 @dataclass(frozen=True)
@@ -98,12 +70,16 @@ def describe() -> Machine:
     )  # fmt: skip
 
 
-def source_hash(folders: tuple[str, ...] = ("kernels/step37_kernels", "benchmarks")) -> str:
+def source_hash(
+    folders: tuple[str, ...] = SOURCES, without: tuple[str, ...] = _DECIDE_NO_TIME
+) -> str:
     """A hash over the Python files that decide a result, so that a change of them is a new cell."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+            name = file.relative_to(ROOT)
+            if not any(map(name.match, without)):
+                digest.update(str(name).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

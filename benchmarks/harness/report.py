@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.harness.cells import GIB, Cell, Subject
-from benchmarks.harness.hardware import DATA_SHEETS, DataSheet, data_sheet
 from benchmarks.harness.results import UNCHECKED, Result
+from step37_ext.deploy.data_sheets import DATA_SHEETS, DataSheet, data_sheet
 
 _PLANNED = ("H100 80GB HBM3", "H200", "B200")
 
@@ -91,7 +91,8 @@ def rates(result: Result) -> dict[str, float]:
 
     Returns:
         bytes_per_s, flops_per_s, of_read, of_sheet, of_matmul (shares; absent where their yardstick
-        is unknown) and times_floor, against the limits measured in the same run.
+        is unknown) and times_floor, against the limits measured in the same run; the floor of a
+        whole step is the one that its details have, the sum of its operations'.
     """
     if result.time_us is None or result.work is None:
         return {}
@@ -110,6 +111,8 @@ def rates(result: Result) -> dict[str, float]:
     if rate:
         found["of_matmul"] = found["flops_per_s"] / rate
         floor = max(floor, work["flops"] / rate)
+    if result.details and "floor_us" in result.details:
+        floor = result.details["floor_us"] * 1e-6
     found["times_floor"] = seconds / floor
     return found
 
@@ -140,6 +143,8 @@ def _note(result: Result) -> str:
     notes = [UNCHECKED] if result.status == UNCHECKED else []
     if not result.time_us["graph"]:
         notes.append("no CUDA graph")
+    if result.reason:
+        notes.append(result.reason)
     return ", ".join(notes)
 
 

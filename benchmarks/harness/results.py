@@ -16,8 +16,8 @@ SCHEMA = 1
 
 MEASURED, UNCHECKED = "measured", "measured, not checked"
 TOO_BIG, WRONG, FAILED = "does not fit", "wrong result", "failed"
-_FINAL = (MEASURED, UNCHECKED, TOO_BIG)
-"""Not tried again by a later run of the same source on the same hardware."""
+OUT_OF_MEMORY = "out of memory"
+"""Unlike TOO_BIG it was estimated to fit."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Result:
     Attributes:
         suite, operation, settings: of the cell.
         implementation, version: "step37" or a peer, and its library's version.
-        status: one of the words above; reason says more where it was not measured.
+        status: one of the words above; reason says more where it was not measured, or what could
+            not be said beside the time.
         time_us: `Timing` as a dict; None if there is no time.
         work: `Work` of one call as a dict.
         accuracy: `Accuracy` as a dict; None if it was not checked.
@@ -35,6 +36,7 @@ class Result:
         device_kernels: kernels of one call as PyTorch's profiler counts them.
         limits: `Measured` as a dict: what the same GPU did at best in the same run.
         machine: `Machine` as a dict.
+        details: what the suite says besides, None where it says nothing.
     """
 
     suite: str
@@ -51,6 +53,7 @@ class Result:
     accuracy: dict[str, Any] | None = None
     launches: list[str] | None = None
     device_kernels: int | None = None
+    details: dict[str, Any] | None = None
     schema: int = field(default=SCHEMA)
 
     @property
@@ -100,9 +103,9 @@ class Store:
     def __iter__(self) -> Iterator[Result]:
         return iter(self._results.values())
 
-    def has(self, key: str) -> bool:
-        """Whether this measurement is done; one that failed is to be tried again."""
-        return key in self._results and self._results[key].status in _FINAL
+    def status(self, key: str) -> str | None:
+        """How this measurement ended; None if it is not here."""
+        return self._results[key].status if key in self._results else None
 
     def add(self, result: Result) -> None:
         """Take a result in and write the file anew; a reader sees the old file or the new one."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.harness.limits import Measured
 from benchmarks.harness.results import (
     FAILED,
     MEASURED,
+    OUT_OF_MEMORY,
     TOO_BIG,
     UNCHECKED,
     WRONG,
@@ -26,6 +28,9 @@ from benchmarks.harness.results import (
 )
 from benchmarks.harness.timing import Call, Timing, time_calls
 from step37_kernels.launch import counted
+
+_TROUBLED = (FAILED, WRONG, OUT_OF_MEMORY)
+"""Tried again by every run, when all else is done."""
 
 
 def parse_budget(text: str) -> float:
@@ -47,12 +52,51 @@ class Job:
     cell: Cell
     subject: Subject
 
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The same for all jobs that use the same prepared data."""
+        return self.cell.suite, self.cell.group, self.subject.name
+
 
 def ordered(cells: Sequence[Cell], subjects: Sequence[Subject]) -> list[Job]:
     """All jobs, most telling first; inside a priority those that share prepared data together."""
     jobs = [Job(c, s) for c in cells for s in subjects if s.refuses(c) is None]
     rank = {subject.name: place for place, subject in enumerate(subjects)}
     return sorted(jobs, key=lambda j: (j.cell.priority, j.cell.group, rank[j.subject.name]))
+
+
+def merged(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs of several suites, each suite's ordered, by priority.
+
+    What the last jobs of a priority have prepared the first ones of the next go on with, where both
+    have such: the largest, which took longest to make. The first priority's jobs stay as they are,
+    since a short run has no others.
+    """
+    levels: dict[int, dict[tuple[str, ...], list[Job]]] = {}
+    for job in sorted(jobs, key=lambda job: job.cell.priority):
+        levels.setdefault(job.cell.priority, {}).setdefault(job.shares, []).append(job)
+    order: list[Job] = []
+    held: tuple[str, ...] | None = None
+    for level, following in zip(levels.values(), [*levels.values()][1:] + [{}], strict=True):
+        kept = [data for data in level if data in following and data != held] if order else []
+        last = max(kept, key=lambda data: level[data][0].cell.memory, default=None)
+        # A stable sort: all others stay as they are.
+        names = sorted(level, key=lambda data: (data == last) - (data == held))
+        order += (job for data in names for job in level[data])
+        held = names[-1]
+    return order
+
+
+class DeviceLostError(RuntimeError):
+    """A cell took the GPU's context with it: nothing more can run in this process."""
+
+
+def free_memory() -> float:
+    """Bytes of the GPU that nobody holds; without a GPU there is no bound."""
+    if not torch.cuda.is_available():
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 @dataclass
@@ -64,8 +108,8 @@ class Run:
         machine, limits: recorded in each result.
         deadline: `clock` value after which no further cell is begun.
         refcheck: compare with the reference; without it a time is marked as not checked.
-        timer, clock, kernels: `time_calls`, seconds, and the count of a call's kernels, which
-            tests replace.
+        timer, clock, kernels, free: `time_calls`, seconds, the count of a call's kernels, and the
+            memory that cells may take, which tests replace.
     """
 
     store: Store
@@ -76,45 +120,70 @@ class Run:
     timer: Callable[[Sequence[Call], bool], Timing] = time_calls
     clock: Callable[[], float] = time.monotonic
     kernels: Callable[[Call], int | None] | None = None
+    free: Callable[[], float] = free_memory
 
     def over(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | None]]:
-        """Run the jobs and yield each with its result; None where the time was up before it."""
+        """Run the jobs and yield each with its result; None where the time was up before it.
+
+        What did not work in an earlier run comes last: it may take the GPU's context with it.
+
+        Raises:
+            DeviceLostError: one did; its result is kept.
+        """
         held: _Held = _Held()
-        longest = 0.0
-        for job in jobs:
-            if self.store.has(self._key(job)):
+        free = self.free()
+        longest: dict[tuple[str, str], float] = {}
+        for job in sorted(jobs, key=lambda job: self.store.status(self._key(job)) in _TROUBLED):
+            if self._done(job, free):
                 continue
-            begun = self.clock()
-            if begun + longest > self.deadline:
+            begun, kind = self.clock(), (job.cell.suite, job.cell.operation)
+            if begun + longest.get(kind, 0.0) > self.deadline:
                 yield job, None
                 continue
-            result = self._result(job, held)
-            longest = max(longest, self.clock() - begun)
-            self.store.add(result)
-            if result.status == FAILED and torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises if the fault took the GPU's context with it
+            result = self._result(job, held, free)
+            self.store.add(result)  # before anything else is asked of the GPU
+            longest[kind] = max(longest.get(kind, 0.0), self.clock() - begun)
             yield job, result
+            self._settle(job, result, held)
 
     def _key(self, job: Job) -> str:
         return key_of(job.cell, job.subject.name, job.subject.version(), self.machine)
 
-    def _result(self, job: Job, held: _Held) -> Result:
+    def _done(self, job: Job, free: float) -> bool:
+        """Whether an earlier run says all that this one could."""
+        status = self.store.status(self._key(job))
+        if status == TOO_BIG:
+            return job.cell.memory > free
+        return status == MEASURED or (status == UNCHECKED and not self.refcheck)
+
+    def _settle(self, job: Job, result: Result, held: _Held) -> None:
+        """Let go of a failed job's data, and see whether the GPU is still there."""
+        try:
+            if result.status in (FAILED, OUT_OF_MEMORY):
+                held.clear()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError(
+                f"{job.cell.suite} {job.cell.name} by {job.subject.name} took the GPU's context "
+                f"with it ({result.reason or error}): that is kept, run again to go on"
+            ) from error
+
+    def _result(self, job: Job, held: _Held, free: float) -> Result:
         cell, subject = job.cell, job.subject
         empty = Result(
             cell.suite, cell.operation, cell.settings, subject.name, subject.version(), FAILED,
             asdict(self.machine), asdict(self.limits),
         )  # fmt: skip
-        if self.machine.memory_bytes and cell.memory > 0.95 * self.machine.memory_bytes:
-            have, need = self.machine.memory_bytes / GIB, cell.memory / GIB
-            return replace(empty, status=TOO_BIG, reason=f"{need:.0f} GiB of {have:.0f}")
+        if cell.memory > free:
+            reason = f"{cell.memory / GIB:.1f} GiB of {free / GIB:.1f} free"
+            return replace(empty, status=TOO_BIG, reason=reason)
         try:
             return self._measured(empty, subject.trial(held.prepared(job), cell))
         except torch.OutOfMemoryError as error:
-            failure = replace(empty, status=TOO_BIG, reason=str(error).split(". ")[0])
+            return replace(empty, status=OUT_OF_MEMORY, reason=str(error).split(". ")[0])
         except Exception as error:  # a peer may fail in any way; the other cells go on
-            failure = replace(empty, reason=f"{type(error).__name__}: {error}"[:300])
-        held.clear()  # here, where the exception no longer holds the tensors of its frames
-        return failure
+            return replace(empty, reason=_in_words(error))
 
     def _measured(self, empty: Result, trial: Trial) -> Result:
         status, accuracy = UNCHECKED, None
@@ -127,29 +196,43 @@ class Run:
         ours = empty.implementation == "step37"
         with counted() as names:
             trial.calls[0]()
-        return replace(
+        time = self.timer(trial.calls, trial.graph)
+        timed = replace(
             empty,
             status=status,
             accuracy=accuracy,
-            time_us=asdict(self.timer(trial.calls, trial.graph)),
+            time_us=asdict(time),
             work=asdict(trial.work),
             launches=list(names) if ours else None,
-            device_kernels=(self.kernels or profiled_kernels)(trial.calls[0]),
         )
+        return self._described(timed, trial, time)
+
+    def _described(self, timed: Result, trial: Trial, time: Timing) -> Result:
+        """The result with what is said beside its time, which an error there does not cost."""
+        try:
+            details = None if trial.details is None else trial.details(time, self.limits)
+            timed = replace(timed, details=details)
+            kernels = (self.kernels or profiled_kernels)(trial.calls[0])
+            return replace(timed, device_kernels=kernels)
+        except Exception as error:  # out of memory, a profiler that is not there
+            return replace(timed, reason=_in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 class _Held:
     """The prepared data of one group by one implementation: there is memory for one at a time."""
 
     def __init__(self) -> None:
-        self._of: tuple[str, str] | None = None
+        self._of: tuple[str, ...] | None = None
         self._data: Any = None
 
     def prepared(self, job: Job) -> Any:
-        wanted = (job.cell.group, job.subject.name)
-        if self._of != wanted:
+        if self._of != job.shares:
             self.clear()
-            self._data, self._of = job.subject.prepare(job.cell), wanted
+            self._data, self._of = job.subject.prepare(job.cell), job.shares
         return self._data
 
     def clear(self) -> None:

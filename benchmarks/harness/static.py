@@ -26,7 +26,8 @@ def static_figures(cache: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: the child wrote no figures; its last words are in the message.
     """
-    path = cache / f"static-{source_hash(('kernels/step37_kernels',))}-{triton.__version__}.json"
+    source = source_hash(("kernels/step37_kernels",), without=())
+    path = cache / f"static-{source}-{triton.__version__}.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")

@@ -70,7 +70,7 @@ def time_calls(calls: Sequence[Call], graph: bool = True, seconds: float = 0.3) 
         graph: replay a CUDA graph; False launches the calls one by one.
         seconds: about so long is measured, with 10 to 200 samples.
     """
-    run = _captured(calls) if graph else lambda: _run_all(calls)
+    run = captured(calls) if graph else lambda: _run_all(calls)
     for _ in range(2):
         run()
     pilot = _elapsed(run, 1)[0]
@@ -83,7 +83,8 @@ def _run_all(calls: Sequence[Call]) -> None:
         call()
 
 
-def _captured(calls: Sequence[Call]) -> Callable[[], None]:
+def captured(calls: Sequence[Call]) -> Callable[[], None]:
+    """What replays one CUDA graph of all `calls`, which have run once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

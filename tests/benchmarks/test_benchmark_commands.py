@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks import attention, moe
+from benchmarks import attention, expert_accuracy, moe
 from benchmarks.harness import command, plot, static
 from benchmarks.harness.cells import Accuracy, Trial
 from benchmarks.harness.hardware import Machine
@@ -80,7 +80,8 @@ def test_measuring_keeps_results_and_shows_them(tmp_path, monkeypatch, fixed_tim
     def measure(seconds: float) -> str:
         text = io.StringIO()
         console = Console(file=text, width=220)
-        command._measure(console, moe.SUITE, cells, [Instant()], store, seconds, True)
+        parts = [command.Part(moe.SUITE, cells, [Instant()])]
+        command._measure(console, parts, store, seconds, True)
         return text.getvalue()
 
     output = measure(-1.0)
@@ -175,11 +176,22 @@ def test_a_plot_has_a_panel_per_setting_and_a_line_per_implementation(tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("capability", "fp4"), [(None, True), ((9, 0), False), ((10, 0), True), ((12, 0), True)]
+)
+def test_fp4_products_are_left_to_gpus_that_have_them(monkeypatch, capability, fp4):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    pairs = set(expert_accuracy.PAIRS)
+    assert set(expert_accuracy.pairs()) == (pairs if fp4 else pairs - {("nvfp4", "nvfp4")})
+
+
 def test_runs_from_a_bare_checkout(tmp_path):
     """Only the path of the checkout: nothing of this project is installed."""
     blocked = "import sys; sys.path[:] = [p for p in sys.path if not p.endswith('kernels')]"
     code = f"{blocked}; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
-    code += "; import benchmarks, step37_kernels; print(step37_kernels.__file__)"
+    code += "; sys.modules['sglang'] = None; import benchmarks.__main__, benchmarks.render"
+    code += "; import step37_kernels; print(step37_kernels.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

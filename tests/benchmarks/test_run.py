@@ -8,13 +8,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.harness import results
+from benchmarks.harness import hardware, results
 from benchmarks.harness.cells import Accuracy, Cell, Trial, Work, selected
-from benchmarks.harness.hardware import Machine, data_sheet
+from benchmarks.harness.hardware import Machine
 from benchmarks.harness.limits import Measured
 from benchmarks.harness.report import rates, result_table
-from benchmarks.harness.results import FAILED, MEASURED, TOO_BIG, UNCHECKED, WRONG, Store
-from benchmarks.harness.run import Run, ordered, parse_budget
+from benchmarks.harness.results import (
+    FAILED,
+    MEASURED,
+    OUT_OF_MEMORY,
+    TOO_BIG,
+    UNCHECKED,
+    WRONG,
+    Store,
+)
+from benchmarks.harness.run import DeviceLostError, Run, merged, ordered, parse_budget
+from step37_ext.deploy.data_sheets import data_sheet
 
 WORK = Work(stream_bytes=2e8, bytes=3e8, flops=5e10, matmul="bf16")
 MACHINE = Machine("NVIDIA H100 80GB HBM3", 90, 132, 80 << 30, {}, {"torch": "2.11"}, None, "abc")
@@ -59,7 +68,7 @@ def run(tmp_path, fixed_timing):
     def make(**changes) -> Run:
         store = Store(tmp_path / "results.json")
         made = Run(store, MACHINE, LIMITS, 60.0, timer=fixed_timing, clock=lambda: 0.0)
-        return replace(made, kernels=lambda call: 4, **changes)
+        return replace(made, **{"kernels": lambda call: 4, "free": lambda: 80 << 30} | changes)
 
     return make
 
@@ -108,6 +117,13 @@ def test_without_a_check_a_time_is_marked(run, tmp_path):
     assert UNCHECKED in list(table.columns[-1].cells)
 
 
+def test_an_unchecked_time_is_measured_again_by_a_run_that_checks(run):
+    assert statuses(run(refcheck=False), [cell(1)], Fake()) == {"step37 1": UNCHECKED}
+    assert statuses(run(refcheck=False), [cell(1)], Fake()) == {}
+    assert statuses(run(), [cell(1)], Fake()) == {"step37 1": MEASURED}
+    assert statuses(run(refcheck=False), [cell(1)], Fake()) == {}
+
+
 def test_a_later_run_goes_on_where_the_first_stopped(run):
     cells = [cell(1), cell(2)]
     assert statuses(run(), cells[:1], Fake()) == {"step37 1": MEASURED}
@@ -128,6 +144,15 @@ def test_the_budget_ends_a_run_before_a_cell_that_would_pass_it(run):
     assert found == {"step37 1": MEASURED, "step37 2": MEASURED, "step37 3": None}
 
 
+def test_a_long_cell_of_one_operation_does_not_forbid_anothers(run):
+    now = iter([0, 50, 55, 60, 60, 61])  # the step takes 50 s; 5 s and 1 s are two of the others
+    limited = run(clock=lambda: float(next(now)), deadline=90.0)
+    step = replace(cell(1), suite="step", operation="decode")
+    assert statuses(limited, [step, cell(2), cell(3)], Fake()) == dict.fromkeys(
+        ("step37 1", "step37 2", "step37 3"), MEASURED
+    )
+
+
 def test_what_does_not_fit_says_so(run, tmp_path):
     class Greedy(Fake):
         def trial(self, prepared, cell):
@@ -135,9 +160,13 @@ def test_what_does_not_fit_says_so(run, tmp_path):
 
     assert statuses(run(), [cell(1, memory=79e9)], Fake()) == {"step37 1": MEASURED}
     assert statuses(run(), [cell(2, memory=99e9)], Fake()) == {"step37 2": TOO_BIG}
-    assert statuses(run(), [cell(3)], Greedy()) == {"step37 3": TOO_BIG}
+    assert statuses(run(), [cell(3)], Greedy()) == {"step37 3": OUT_OF_MEMORY}
     reasons = [one.reason for one in Store(tmp_path / "results.json")]
-    assert reasons == ["", "92 GiB of 80", "CUDA out of memory"]
+    assert reasons == ["", "92.2 GiB of 80.0 free", "CUDA out of memory"]
+    # What the estimate forbids is not asked again unless there is more room; what it allowed is.
+    assert statuses(run(), [cell(2, memory=99e9), cell(3)], Fake()) == {"step37 3": MEASURED}
+    roomy = run(free=lambda: 100e9)
+    assert statuses(roomy, [cell(2, memory=99e9)], Fake()) == {"step37 2": MEASURED}
 
 
 def test_a_failing_peer_stops_nothing_and_is_tried_again(run):
@@ -149,6 +178,70 @@ def test_a_failing_peer_stops_nothing_and_is_tried_again(run):
     both = {"step37 1": MEASURED, "peer 1": FAILED}
     assert statuses(run(), [cell(1)], Fake(), peer) == both
     assert statuses(run(), [cell(1)], Fake(), peer) == {"peer 1": FAILED}
+
+
+def test_a_device_fault_is_kept_and_ends_the_run_and_comes_last_in_the_next(run, monkeypatch):
+    class Faulty(Fake):
+        def trial(self, prepared, cell):
+            if cell.settings["tokens"] == 2:
+                raise RuntimeError("an illegal memory access was encountered")
+            return super().trial(prepared, cell)
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cells = [cell(2), cell(1), cell(3)]
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        faulty = Faulty()
+        for name in ("empty_cache", "synchronize"):  # after the fault every call raises
+            gpu.setattr(torch.cuda, name, lambda: lost() if faulty.log else None)
+        with pytest.raises(DeviceLostError, match="moe experts tokens=2 by step37 took the GPU's"):
+            statuses(run(), cells, faulty)
+    again = statuses(run(), cells, Faulty())
+    assert list(again.items()) == [
+        ("step37 1", MEASURED), ("step37 3", MEASURED), ("step37 2", FAILED),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), TypeError("no profiler")])
+def test_what_is_said_beside_a_time_does_not_cost_it(run, tmp_path, error):
+    def failing(*of):
+        raise error
+
+    class Telling(Fake):
+        def trial(self, prepared, cell):
+            return replace(super().trial(prepared, cell), details=lambda *of: {"said": 1})
+
+    assert statuses(run(kernels=failing), [cell(1)], Telling()) == {"step37 1": MEASURED}
+    (result,) = Store(tmp_path / "results.json")
+    assert (result.details, result.device_kernels) == ({"said": 1}, None)
+    assert result.time_us["median"] == 100.0 and str(error) in result.reason
+    assert result.reason in list(result_table([result], "").columns[-1].cells)
+
+
+def test_the_largest_data_is_held_from_one_priority_to_the_next():
+    def job(group: str, priority: int, memory: float):
+        return ordered([cell(1, priority, group, memory)], [Fake()])[0]
+
+    sizes = {"model": 9e9, "a": 1e9, "b": 2e9}
+    jobs = [job(group, p, size) for group, size in sizes.items() for p in range(3)]
+    order = [(one.cell.priority, one.cell.group) for one in merged(jobs)]
+    assert order == [
+        (0, "model"), (0, "a"), (0, "b"), (1, "b"), (1, "a"), (1, "model"),
+        (2, "model"), (2, "a"), (2, "b"),
+    ]  # fmt: skip
+
+
+def test_a_source_that_decides_no_time_changes_no_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    hashes = []
+    for name in ("step_cells.py", "render.py", "harness/run.py", "harness/report.py"):
+        path = tmp_path / "benchmarks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        hashes.append(hardware.source_hash())
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
 
 
 def test_results_survive_the_way_through_the_file(run, tmp_path):
@@ -189,6 +282,8 @@ def test_rates_are_against_the_limits_of_the_same_run(run, tmp_path):
         "bytes_per_s": 2e12, "flops_per_s": 5e14, "of_read": 2 / 3, "of_sheet": 2 / 3.35,
         "of_matmul": 5 / 7, "times_floor": 1.0,
     })  # fmt: skip
+    of_step = replace(result, details={"floor_us": 80.0})  # the sum of its operations' floors
+    assert rates(of_step)["times_floor"] == pytest.approx(100 / 80)
 
 
 def test_budget_in_words():
@@ -219,4 +314,4 @@ def test_data_sheets_by_device_name():
     }
     found = {name: data_sheet(name) for name in names}
     assert {name: sheet and sheet.name for name, sheet in found.items()} == names
-    assert data_sheet("NVIDIA GeForce RTX 4090") is None
+    assert data_sheet("NVIDIA GeForce RTX 4090") is data_sheet("NVIDIA GH200 480GB") is None

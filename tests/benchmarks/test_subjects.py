@@ -226,7 +226,7 @@ class PlainAttention(AttentionSubject):
         slots = problem.slots(range(problem.seq_lens.shape[0]))
         return lambda k, v: self.factor * attend(
             problem.q, k, v, slots, problem.seq_lens, problem.query_lens,
-            attention_data.SOFTMAX_SCALE, problem.heads.kind.window, problem.k_scale,
+            attention_data.SOFTMAX_SCALE, problem.heads.window, problem.k_scale,
             problem.v_scale, problem.head_gate,
         )  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_our_attention_kernels_pass_their_check(single_copies, operation, sizes)
 
 def test_sliding_problems_hold_only_the_window(single_copies):
     problem = make_problem(attention_cell("decode", "sliding", "fp8", **DECODE), 1)
-    first, end = stored_pages(heads("sliding", 4).kind, 700)
+    first, end = stored_pages(heads("sliding", 4), 700)
     assert (first, end) == (2, 11)  # keys 188..699 are in pages 2..10
     assert problem.k.shape == (1, 2 * 9 * 64, 2, 128)
     used = problem.page_table[:, first:].flatten().sort().values

@@ -1,0 +1,97 @@
+"""What machine code allows: bounds by hand, and one kernel of ours and of SGLang's compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from click.testing import CliRunner
+
+from benchmarks import static_comparison
+from benchmarks.static_comparison import STATIC, mix
+from benchmarks.static_limits import bounds
+
+ROOT = Path(__file__).parents[2]
+ROW = {
+    "arch": 90, "instructions": 2.0, "blocks_per_sm": 3, "programs": 13200, "buffers": 4,
+    "trip_bytes": 8192.0,
+}  # fmt: skip
+
+
+def test_bounds_by_hand():
+    """4.8 TB/s are 36.4 GB/s an SM: 20.8 bytes a clock of 1.75 GHz, 25.5 KB in 700 ns."""
+    found = bounds(ROW)
+    assert found.issue == pytest.approx(128 / 2.0 / 20.78, rel=1e-3)
+    assert found.kib_in_flight == (3 * 3 * 8, 4 * 3 * 8)
+    assert found.in_flight == pytest.approx((72 * 1024 / 25455, 96 * 1024 / 25455), rel=1e-3)
+    assert found.verdict == "memory"
+    assert bounds(ROW | {"programs": 66}).issue == found.issue / 2  # every other SM is idle
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"instructions": 6.4}, "issue slots"),  # 128 / 6.4 is 20 bytes a clock
+        ({"buffers": 1}, "memory, if blocks overlap"),  # 24 KB between trips, 0 in them
+        ({"buffers": 1, "trip_bytes": 2048.0}, "bytes in flight"),
+        ({"programs": 33}, "bytes in flight"),  # a block on every fourth SM
+        ({"arch": 100, "instructions": 5.0}, "issue slots"),  # 29.1 bytes a clock on a B200
+    ],
+)
+def test_verdicts(change, verdict):
+    assert bounds({**ROW, "trip_bytes": 9000.0} | change).verdict == verdict
+
+
+def test_mix_tells_classes_apart():
+    opcodes = {"HGMMA": 8, "LDGSTS": 4, "LDSM": 3, "STS": 1, "LOP3": 9, "IMAD": 2, "F2F": 5,
+               "HFMA2": 6, "UIADD3": 7, "R2UR": 1, "BAR": 2, "UTCHMMA": 1, "F2FP": 1}  # fmt: skip
+    assert mix(opcodes) == {
+        "tensor": 9, "copies": 4, "loads and stores": 4, "conversions": 6, "integer": 11,
+        "float": 6, "uniform": 8, "other": 2,
+    }  # fmt: skip
+
+
+def test_a_kernel_of_each_compiles_to_what_is_kept(tmp_path):
+    """In a process of its own, without the interpreter; the words choose one case of both."""
+    words = [x for word in ("decode, full", "fp8", "page 1,") for x in ("--only", word)]
+    output = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.static_comparison", "--arch", "90", *words]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = {row["by"]: row for row in json.loads(output.read_text())["rows"]}
+    assert {by: row["kernel"] for by, row in made.items()} == {
+        "step37": "decode_split_kernel", "SGLang": "_fwd_grouped_kernel_stage1",
+    }  # fmt: skip
+    # SGLang's loop takes 32 keys of one KV head, 2 x 128 bytes each, and copies none ahead.
+    assert (made["SGLang"]["trip_bytes"], made["SGLang"]["buffers"]) == (8192, 1)
+    assert made["step37"]["buffers"] > 1
+    assert made["step37"]["instructions"] < made["SGLang"]["instructions"]
+    kept = json.loads((STATIC / "comparison.json").read_text())
+    if kept["triton"] == triton.__version__:
+        found = {row["by"]: row for row in kept["rows"] if row in made.values()}
+        assert found == made, "run `python -m benchmarks.static_comparison`, then benchmarks.render"
+
+
+def test_the_head_is_not_compared():
+    """lm_head is BF16 in any case, though evidence/ compiles an FP8 one."""
+    names = {one.name for arch in (90, 100) for one in static_comparison.ours(arch)}
+    kept = json.loads((STATIC / "comparison.json").read_text())["rows"]
+    linears = {name for name in names if name.startswith("fp8 linear")}
+    assert linears == {row["name"] for row in kept if row["name"].startswith("fp8 linear")}
+    assert linears and not any("lm_head" in name for name in names)
+
+
+def test_words_that_choose_nothing_are_refused(monkeypatch):
+    monkeypatch.setattr(static_comparison, "ours", lambda arch: iter(()))
+    monkeypatch.setattr(static_comparison, "sglangs", lambda arch: iter(()))
+    done = CliRunner().invoke(static_comparison.main, ["--only", "nothing"])
+    assert done.exit_code == 1 and "--only nothing: no kernel's name" in done.output
