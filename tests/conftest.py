@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,16 +17,24 @@ if not torch.cuda.is_available():
     interpret.enable()  # before anything imports triton
 
 # Begun first where several workers share the tests: what takes longest to set up.
-_FIRST = ("tests/checkpoint/test_trained.py", "tests/serving/", "tests/evidence/")
+_FIRST = (
+    "tests/checkpoint/test_trained.py",  # trains the small model, while the next ones need none
+    "tests/serving/test_engine.py",
+    "tests/serving/",
+    "tests/evidence/",
+)
 
 
-@pytest.hookimpl(trylast=True)  # after pytest has brought the items of one session fixture together
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # xdist reads the groups, and pytest orders by session fixture
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
     """For `pytest -n`: a worker takes whole files, or all tests of one live server."""
     if not hasattr(config, "workerinput"):
-        return
+        return (yield)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_worker_group(item)))
+    yield
     items.sort(key=lambda item: [not item.nodeid.startswith(first) for first in _FIRST])
 
 
