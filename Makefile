@@ -39,7 +39,7 @@ demo: $(STAMP)
 
 # Two at once: most tests keep one core busy, and a live server takes up to 2 GB.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 soak: $(STAMP)
 	STEP37_SOAK_SECONDS=300 $(BIN)/python -m pytest -s tests/serving/test_load.py

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,28 +25,37 @@ _FIRST = (
     "tests/serving/",
     "tests/evidence/",
 )
+_OWN_STARTS = ("test_engine.py", "test_interpreted.py", "test_starts.py")
+"""Tests of live servers that have nothing in common; the others share one for each format."""
 
 
-@pytest.hookimpl(wrapper=True)  # xdist reads the groups, and pytest orders by session fixture
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> Generator[None, None, None]:
+@pytest.hookimpl(trylast=True)  # after pytest has brought the items of one session fixture together
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [not item.nodeid.startswith(first) for first in _FIRST])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For `pytest -n`: a worker takes whole files, or all tests of one live server."""
-    if not hasattr(config, "workerinput"):
-        return (yield)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_worker_group(item)))
-    yield
-    items.sort(key=lambda item: [not item.nodeid.startswith(first) for first in _FIRST])
+    # By marks (`--dist loadgroup`) xdist 3.8 groups nothing with pytest 9.2.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _worker_group(nodeid)
+
+    return Scheduling(config, log)
 
 
-def _worker_group(item: pytest.Item) -> str:
-    file = item.nodeid.split("::")[0]
-    parameters = getattr(item, "callspec", None)
-    if parameters is not None and "server" in parameters.params:
-        return f"server {parameters.params['server']}"
-    # Tests that start SGLang themselves have nothing in common.
-    return item.nodeid if file.startswith("tests/serving/") else file
+def _worker_group(nodeid: str) -> str:
+    file, _, test = nodeid.partition("::")
+    if not file.startswith("tests/serving/"):
+        return file
+    if file.endswith(_OWN_STARTS):
+        return nodeid
+    (weight_format,) = re.findall(r"(?<=[-\[])(?:bf16|fp8|nvfp4)(?=[-\]])", test)
+    return f"server {weight_format}"
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
