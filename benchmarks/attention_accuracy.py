@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.harness.cells import relative_l2
 from step37_kernels.formats.e4m3 import to_e4m3
 
 HEAD_DIM, GROUP, TOKENS, BLOCK_KEYS = 128, 8, 8, 64
@@ -116,11 +117,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, arithmetic: Arithmetic) -> Tensor:
     weight = ((largest - largest.amax(0)) * scale).exp2()
     out = (acc * weight[..., None]).sum(0) / (total * weight).sum(0)[:, None]
     return out.to(arithmetic.out)
-
-
-def relative_l2(out: Tensor, expected: Tensor) -> float:
-    """|out - expected| / |expected|."""
-    return float((out.double() - expected).norm() / expected.norm())
 
 
 def errors(length: int, spread: float) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_cells import PAGE_SIZE, Heads, heads_of, rotation, stored_pages
-from benchmarks.expert_data import BF16_ROUNDING, DEVICE, relative_l2
-from benchmarks.harness.cells import Accuracy, Cell, Trial
+from benchmarks.expert_data import BF16_ROUNDING, DEVICE
+from benchmarks.harness.cells import Accuracy, Cell, Trial, relative_l2
 from benchmarks.shapes import HEAD_DIM
 from step37_kernels.reference.attention import attend
 

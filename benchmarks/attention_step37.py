@@ -18,8 +18,8 @@ from benchmarks.attention_data import (
     AttentionSubject,
     Problem,
 )
-from benchmarks.expert_data import BF16_ROUNDING, DEVICE, relative_l2
-from benchmarks.harness.cells import Accuracy, Cell, Trial
+from benchmarks.expert_data import BF16_ROUNDING, DEVICE
+from benchmarks.harness.cells import Accuracy, Cell, Trial, relative_l2
 from benchmarks.shapes import ATTENTION, HEAD_DIM, RMS_NORM_EPS
 from step37_kernels.reference.attention import prologue as reference_prologue
 from step37_kernels.reference.attention import write_cache

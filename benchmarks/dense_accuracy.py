@@ -26,6 +26,7 @@ from step37_kernels import interpret
 if not torch.cuda.is_available():
     interpret.enable()  # before anything imports triton
 
+from benchmarks.harness.cells import relative_l2
 from benchmarks.shapes import ATTENTION, HIDDEN, INTERMEDIATE, TEXT
 from step37_kernels.formats import fp8_block
 from step37_kernels.formats.fp8_words import FP8Words
@@ -86,11 +87,6 @@ def errors(distribution: str, columns: int, rows: int = 256, tokens: int = 8) ->
     packed = FP8Words.pack(fp8_block.quantize_rows(weight.to(device)))
     got = linear(x.to(device), packed).cpu()
     return Errors(*(relative_l2(*p) for p in ((got, rounded), (rounded, exact), (blocks, exact))))
-
-
-def relative_l2(out: Tensor, expected: Tensor) -> float:
-    """|out - expected| / |expected|."""
-    return float((out.double() - expected).norm() / expected.norm())
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -22,7 +21,14 @@ from step37_kernels import interpret
 if not torch.cuda.is_available():
     interpret.enable()  # before anything imports triton
 
-from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
+from benchmarks.harness.cells import relative_l2
+from step37_kernels.expert_weights import (
+    BF16Experts,
+    ExpertWeights,
+    FP8Experts,
+    NVFP4Experts,
+    on_device,
+)
 from step37_kernels.experts.layer import experts, prepare
 from step37_kernels.formats import fp8_block, nvfp4
 from step37_kernels.reference.activation import swiglu_step
@@ -85,22 +91,8 @@ def in_format(w13: Tensor, w2: Tensor, weights: str) -> ExpertWeights:
         return BF16Experts(w13, w2)
     gate, up = w13.chunk(2, 1)
     if weights == "fp8":
-        fp8 = [fp8_block.quantize(part.float()) for part in (gate, up, w2)]
-        return FP8Experts(
-            torch.cat([part.data for part in fp8[:2]], 1),
-            torch.stack([part.scale_inv for part in fp8[:2]], 1),
-            fp8[2].data,
-            fp8[2].scale_inv,
-        )
-    fp4 = [nvfp4.quantize(part.float()) for part in (gate, up, w2)]
-    return NVFP4Experts(
-        torch.cat([part.packed for part in fp4[:2]], 1),
-        torch.cat([part.block_scale for part in fp4[:2]], 1),
-        torch.stack([part.global_scale for part in fp4[:2]], 1),
-        fp4[2].packed,
-        fp4[2].block_scale,
-        fp4[2].global_scale,
-    )
+        return FP8Experts.of(*(fp8_block.quantize(part.float()) for part in (gate, up, w2)))
+    return NVFP4Experts.of(*(nvfp4.quantize(part.float()) for part in (gate, up, w2)))
 
 
 def exact(hidden: Tensor, weights: ExpertWeights, router: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +129,7 @@ def errors(hidden_size: int, size: int, tokens: int, count: int) -> dict[tuple[s
         )
         output = experts(
             hidden.to(device),
-            prepare(_to(weights, device), activations),
+            prepare(on_device(weights, device), activations),
             router.to(device),
             ids,
             LIMIT,
@@ -150,18 +142,6 @@ def errors(hidden_size: int, size: int, tokens: int, count: int) -> dict[tuple[s
             relative_l2(output, unquantized),
         )
     return found
-
-
-def _to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
-    moved: dict[str, Any] = {
-        k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(weights).items()
-    }
-    return type(weights)(**moved)
-
-
-def relative_l2(out: Tensor, expected: Tensor) -> float:
-    """|out - expected| / |expected|."""
-    return float((out.double() - expected).norm() / expected.norm())
 
 
 COLUMNS = ("weights", "activations", "kernel", "weights' rounding", "together")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.expert_cells import SHARDS, Shard, draw, rotation, used, work
-from benchmarks.harness.cells import Accuracy, Cell, Trial, Work
+from benchmarks.harness.cells import Accuracy, Cell, Trial, Work, relative_l2
 from benchmarks.shapes import HIDDEN, INTERMEDIATE, ROUTER_SCALING, TEXT, TOP_K
 from step37_ext.model.experts import ExpertShard, RoutedExperts
 from step37_kernels.checks import ceil_div
@@ -197,10 +197,3 @@ def reference_rows(
         activations=activations,
     )
     return expected, rows
-
-
-def relative_l2(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`; 0 where both are zero."""
-    difference = (found.double() - expected.double()).norm().item()
-    norm = expected.double().norm().item()
-    return difference / norm if norm else difference

@@ -19,9 +19,8 @@ from benchmarks.expert_data import (
     Layers,
     batches_and_work,
     reference_rows,
-    relative_l2,
 )
-from benchmarks.harness.cells import Accuracy, Cell, Trial
+from benchmarks.harness.cells import Accuracy, Cell, Trial, relative_l2
 from benchmarks.shapes import EXPERTS, HIDDEN, ROUTER_SCALING, TOP_K
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights
 from step37_kernels.reference.experts import experts as reference_experts

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.expert_data import BF16_ROUNDING, relative_l2
-from benchmarks.harness.cells import Accuracy
+from benchmarks.expert_data import BF16_ROUNDING
+from benchmarks.harness.cells import Accuracy, relative_l2
 from benchmarks.harness.timing import captured
 from benchmarks.step_data import Routed, recorded_routing
 from benchmarks.step_model import Batch, DecoderLayer, MoEBlock, StepModel

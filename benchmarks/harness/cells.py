@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from benchmarks.harness.limits import Measured
 from benchmarks.harness.timing import Call, Timing
 from step37_ext.deploy.work import Work
@@ -54,6 +56,13 @@ class Accuracy:
     def holds(self) -> bool:
         """Whether the result may be timed; NaN may not."""
         return self.relative_l2 <= self.allowed
+
+
+def relative_l2(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`; 0 where both are zero."""
+    difference = (found.double() - expected.double()).norm().item()
+    norm = expected.double().norm().item()
+    return difference / norm if norm else difference
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ nothing to build for every forward pass.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,22 @@ class FP8Experts:
     block_size: tuple[int, int] = (128, 128)
     intermediate_offset: int = 0
 
+    @classmethod
+    def of(cls, gate: FP8BlockTensor, up: FP8BlockTensor, down: FP8BlockTensor) -> "FP8Experts":
+        """From the three projections, [E, N, K] twice and [E, K, N], or shards of them over N.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        return cls(
+            torch.cat([gate.data, up.data], 1),
+            torch.stack([gate.scale_inv, up.scale_inv], 1),
+            down.data.contiguous(),
+            down.scale_inv,
+            gate.block_size,
+            gate.row_offset,
+        )
+
     def __post_init__(self) -> None:
         out_block, in_block = check_block_size(self.block_size)
         offset = self.intermediate_offset
@@ -173,6 +189,22 @@ class NVFP4Experts:
     w2_scale: Tensor
     w2_global_scale: Tensor
 
+    @classmethod
+    def of(cls, gate: NVFP4Tensor, up: NVFP4Tensor, down: NVFP4Tensor) -> "NVFP4Experts":
+        """From the three projections, [E, N, K] twice and [E, K, N].
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        return cls(
+            torch.cat([gate.packed, up.packed], 1),
+            torch.cat([gate.block_scale, up.block_scale], 1),
+            torch.stack([gate.global_scale, up.global_scale], 1),
+            down.packed,
+            down.block_scale,
+            down.global_scale,
+        )
+
     def __post_init__(self) -> None:
         experts, size, half_hidden = _w13_shape(self.w13)
         hidden = 2 * half_hidden
@@ -223,6 +255,18 @@ class NVFP4Experts:
 
 
 ExpertWeights = BF16Experts | FP8Experts | NVFP4Experts
+
+
+_Weights = TypeVar("_Weights", bound=ExpertWeights)
+
+
+def on_device(weights: _Weights, device: torch.device) -> _Weights:
+    """The same experts with their tensors on `device`."""
+    fields: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(weights).items()
+    }
+    return type(weights)(**fields)
 
 
 def _w13_shape(w13: Tensor) -> tuple[int, int, int]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from step37_kernels import dispatch, implementations  # noqa: F401  (makes the kernels known)
 from step37_kernels.dispatch import Target
-from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
+from step37_kernels.expert_weights import (
+    BF16Experts,
+    ExpertWeights,
+    FP8Experts,
+    NVFP4Experts,
+    on_device,
+)
 from step37_kernels.formats import fp8_block, nvfp4
 from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
@@ -106,10 +111,7 @@ def _route(device: torch.device) -> _Run:
 
 
 def _experts(weights: ExpertWeights, device: torch.device) -> _Run:
-    fields: dict[str, Any] = {
-        k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(weights).items()
-    }
-    moved = type(weights)(**fields)
+    moved = on_device(weights, device)
     hidden, topk_weights, ids = _batch(device)
     expected = experts(hidden.float(), moved, topk_weights, ids, 1.0)
     return lambda chosen: (
@@ -193,19 +195,8 @@ def _bf16() -> BF16Experts:
 
 
 def _fp8() -> FP8Experts:
-    gate, up, down = (fp8_block.quantize(part) for part in _values())
-    w13 = torch.cat([gate.data, up.data], 1)
-    scales = torch.stack([gate.scale_inv, up.scale_inv], 1)
-    return FP8Experts(w13, scales, down.data, down.scale_inv)
+    return FP8Experts.of(*(fp8_block.quantize(part) for part in _values()))
 
 
 def _nvfp4() -> NVFP4Experts:
-    gate, up, down = (nvfp4.quantize(part) for part in _values())
-    return NVFP4Experts(
-        torch.cat([gate.packed, up.packed], 1),
-        torch.cat([gate.block_scale, up.block_scale], 1),
-        torch.stack([gate.global_scale, up.global_scale], 1),
-        down.packed,
-        down.block_scale,
-        down.global_scale,
-    )
+    return NVFP4Experts.of(*(nvfp4.quantize(part) for part in _values()))

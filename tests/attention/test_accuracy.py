@@ -22,8 +22,8 @@ from benchmarks.attention_accuracy import (
     draw,
     errors,
     exact,
-    relative_l2,
 )
+from benchmarks.harness.cells import relative_l2
 from step37_kernels.attention.decode import decode
 from step37_kernels.attention.extend import extend
 from step37_kernels.formats.e4m3 import to_e4m3

@@ -13,11 +13,11 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from instant import Instant
 from rich.console import Console
 
 from benchmarks import attention, expert_accuracy, moe
 from benchmarks.harness import command, plot, static
-from benchmarks.harness.cells import Accuracy, Trial
 from benchmarks.harness.hardware import Machine
 from benchmarks.harness.limits import Measured
 from benchmarks.harness.results import Result, Store
@@ -91,27 +91,6 @@ def test_measuring_keeps_results_and_shows_them(tmp_path, monkeypatch, fixed_tim
     assert "budget ended" not in output
     assert [one.implementation for one in store] == ["instant"] * 3
     assert output.count("100.0") == 3 and output.count("95.0-110.0") == 3
-
-
-class Instant:
-    """An implementation that is always right and does nothing."""
-
-    name = "instant"
-
-    def version(self):
-        return "1"
-
-    def available(self):
-        return True, "1"
-
-    def refuses(self, cell):
-        return None
-
-    def prepare(self, cell):
-        return None
-
-    def trial(self, prepared, cell):
-        return Trial([lambda: None], lambda: Accuracy(0.0, 0.01), cell.work)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from instant import Instant
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import __main__ as entry
 from benchmarks import attention, moe, step_tiny
 from benchmarks.harness import command
-from benchmarks.harness.cells import Accuracy, Cell, Trial
+from benchmarks.harness.cells import Cell
 from benchmarks.harness.hardware import Machine
 from benchmarks.harness.limits import Measured
 from benchmarks.harness.results import Store
@@ -25,31 +26,6 @@ from benchmarks.harness.run import DeviceLostError, Run
 from benchmarks.step_cells import depth_within
 
 NO_FIGURES = {"triton": "3.7.1", "findings": []}
-
-
-class Instant:
-    """An implementation that is always right and does nothing; notes its cells."""
-
-    name = "step37"
-
-    def __init__(self) -> None:
-        self.ran: list[tuple[str, int]] = []
-
-    def version(self):
-        return "1"
-
-    def available(self):
-        return True, "1"
-
-    def refuses(self, cell):
-        return None
-
-    def prepare(self, cell):
-        return None
-
-    def trial(self, prepared, cell):
-        self.ran.append((cell.suite, cell.priority))
-        return Trial([lambda: None], lambda: Accuracy(0.0, 0.01), cell.work)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts
+from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, on_device
 from step37_kernels.experts import grouped_fp8, grouped_fp8_bf16
 from step37_kernels.experts.activations import FP8Rows
 from step37_kernels.experts.e4m3_words import word_order
@@ -40,19 +40,8 @@ def fp8_experts(experts: int, hidden: int, size: int, offset: int = 0) -> FP8Exp
         return fp8_block.quantize(torch.randn(experts, rows, columns) * columns**-0.5 * spread / 4)
 
     gate, up, down = quantized(whole, hidden), quantized(whole, hidden), quantized(hidden, whole)
-    return FP8Experts(
-        torch.cat([gate.data[:, offset:], up.data[:, offset:]], 1),
-        torch.stack([gate.scale_inv, up.scale_inv], 1),
-        down.data[:, :, offset:].contiguous(),
-        down.scale_inv,
-        intermediate_offset=offset,
-    )
-
-
-def to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
-    """The same experts on `device`."""
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(weights).items()}
-    return type(weights)(**moved)
+    here = slice(offset, None)
+    return FP8Experts.of(gate.shard(here, None), up.shard(here, None), down.shard(None, here))
 
 
 def batch(tokens: int, count: int, top_k: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +78,7 @@ def stages(
     tile: GemmTile = TILE,
 ) -> Stages:
     """gate_up and down of `module`; the sort and quantise launches are done here in torch."""
-    held = to(weights, device)
+    held = on_device(weights, device)
     routing = routing_of(ids.to(device), weights.num_experts, tile.block_rows)
     here = ((ids.flatten() >= 0) & (ids.flatten() < weights.num_experts))[:, None]
     factors = topk_weights.to(device)
@@ -97,13 +86,13 @@ def stages(
     def own(rows: Tensor) -> Tensor:
         return torch.where(here.to(rows.device), rows, 0)
 
-    def on_device(rows: FP8Rows) -> FP8Rows:
+    def rows_on_device(rows: FP8Rows) -> FP8Rows:
         return FP8Rows(rows.q.to(device), rows.scale.to(device))
 
     if module is grouped_fp8:
         offset = weights.intermediate_offset
         x = FP8Rows(*quantize_per_token_group(hidden))
-        written = own(module.gate_up(on_device(x), held, routing, limit, tile))
+        written = own(module.gate_up(rows_on_device(x), held, routing, limit, tile))
         rows = FP8Rows(*quantize_per_token_group(written, offset=offset))
         partial = module.down(rows, held, routing, factors, tile)
         fp64 = torch.float64

@@ -38,11 +38,6 @@ def random_experts(num_experts: int, hidden: int, size: int) -> NVFP4Experts:
     )  # fmt: skip
 
 
-def experts_to(weights: NVFP4Experts, device: torch.device) -> NVFP4Experts:
-    """The same experts on `device`."""
-    return NVFP4Experts(**{name: tensor.to(device) for name, tensor in vars(weights).items()})
-
-
 def routing_of(ids: Tensor, num_experts: int, block_rows: int) -> Routing:
     """What the sort launch makes of ids [T, top_k]."""
     slots, owners = [], []

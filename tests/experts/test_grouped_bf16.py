@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from step37_kernels.expert_weights import BF16Experts
+from step37_kernels.expert_weights import BF16Experts, on_device
 from step37_kernels.experts import grouped_bf16
 from step37_kernels.experts.grouped_bf16 import down, gate_up
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.launch import counted
 from tests.experts.bounds import expect
-from tests.experts.dense_layers import TILE, batch, bf16_experts, stages, to
+from tests.experts.dense_layers import TILE, batch, bf16_experts, stages
 from tests.experts.nvfp4_layers import routing_of
 
 
@@ -90,7 +90,7 @@ def test_limits_keep_nan(device: torch.device) -> None:
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
-    weights = to(bf16_experts(2, 64, 16), device)
+    weights = on_device(bf16_experts(2, 64, 16), device)
     none = torch.empty(0, 2, dtype=torch.int32, device=device)
     with counted() as launches:
         x = torch.empty(0, 64, dtype=torch.bfloat16, device=device)

@@ -11,13 +11,13 @@ import triton.language as tl
 from nvfp4_layers import (
     FINITE_SCALES,
     down_reference,
-    experts_to,
     gate_up_reference,
     random_experts,
     routing_of,
 )
 from torch import Tensor
 
+from step37_kernels.expert_weights import on_device
 from step37_kernels.experts.grouped_nvfp4 import WEIGHT_UNIT, down, expand, gate_up
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.nvfp4_tiles import (
@@ -58,7 +58,7 @@ def test_every_element_times_every_scale_is_exact(device: torch.device) -> None:
         w13=(rows[:, ::2] | rows[:, 1::2] << 4)[None],
         w13_scale=scale[None, :, None].expand(1, -1, 4).contiguous().view(torch.float8_e4m3fn),
     )
-    tiles = NVFP4Tiles.pack(experts_to(weights, device))
+    tiles = NVFP4Tiles.pack(on_device(weights, device))
     out = torch.empty(4096, 64, dtype=torch.bfloat16, device=device)
     _expand_kernel[(32,)](tiles.w13, tiles.w13_scale, out, 128, 64, num_warps=4)
     got = out.cpu().double() * WEIGHT_UNIT.value
@@ -105,7 +105,7 @@ def check(
     """gate_up and down of a random layer are within the bounds, in one launch each."""
     weights = random_experts(E, K, size)
     hidden, topk_weights = torch.randn(len(ids), K).bfloat16(), torch.rand(ids.shape)
-    tiles = NVFP4Tiles.pack(experts_to(weights, device))
+    tiles = NVFP4Tiles.pack(on_device(weights, device))
     routing = routing_of(ids.to(device), E, gate_up_tile.block_rows)
     x = hidden[:, hidden_permutation(K)].to(device)
     with counted() as launches:
@@ -145,7 +145,7 @@ def test_one_token(device: torch.device) -> None:
 def test_not_a_number_stays_in_its_rows_and_rows_do_not_meet(device: torch.device) -> None:
     """A row's bits depend neither on its batch-mates nor on its place in a block."""
     torch.manual_seed(3)
-    tiles = NVFP4Tiles.pack(experts_to(random_experts(E, K, 64), device))
+    tiles = NVFP4Tiles.pack(on_device(random_experts(E, K, 64), device))
     ids, hidden = torch.tensor([[0, 1], [1, 0], [1, 2], [0, 2]]), torch.randn(4, K).bfloat16()
     topk_weights = torch.rand(4, TOP_K)
 
@@ -167,7 +167,7 @@ def test_not_a_number_stays_in_its_rows_and_rows_do_not_meet(device: torch.devic
 
 def test_pairs_of_other_ranks_are_not_touched(device: torch.device) -> None:
     torch.manual_seed(4)
-    tiles = NVFP4Tiles.pack(experts_to(random_experts(E, K, 160), device))
+    tiles = NVFP4Tiles.pack(on_device(random_experts(E, K, 160), device))
     ids = torch.tensor([[-1, 1], [7, -1]], device=device)
     routing = routing_of(ids, E, 16)
     x, weights = torch.randn(2, K).bfloat16().to(device), torch.ones(2, TOP_K, device=device)
@@ -180,7 +180,7 @@ def test_pairs_of_other_ranks_are_not_touched(device: torch.device) -> None:
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
-    tiles = NVFP4Tiles.pack(experts_to(random_experts(E, K, 64), device))
+    tiles = NVFP4Tiles.pack(on_device(random_experts(E, K, 64), device))
     routing = routing_of(torch.zeros(0, TOP_K, dtype=torch.int64, device=device), E, 16)
     with counted() as launches:
         rows = gate_up(torch.empty(0, K).bfloat16().to(device), tiles, routing, None, TILE)

@@ -12,14 +12,13 @@ from nvfp4_layers import (
     FINITE_SCALES,
     FP32,
     down_reference,
-    experts_to,
     gate_up_reference,
     random_experts,
     routing_of,
 )
 from torch import Tensor
 
-from step37_kernels.expert_weights import BF16Experts, NVFP4Experts
+from step37_kernels.expert_weights import BF16Experts, NVFP4Experts, on_device
 from step37_kernels.experts.activations import FP8Rows
 from step37_kernels.experts.grouped_nvfp4_fp8 import (
     _ROUND,
@@ -132,7 +131,7 @@ def test_every_weight_is_the_nearest_e4m3(device: torch.device) -> None:
         w2_scale=codes[None].view(torch.float8_e4m3fn),
         w2_global_scale=torch.ones(1),
     )
-    tiles = NVFP4Tiles.pack(experts_to(weights, device))
+    tiles = NVFP4Tiles.pack(on_device(weights, device))
     out = torch.empty(4096, 64, dtype=torch.float8_e4m3fn, device=device)
     units = torch.empty(4096, device=device)
     _round_weights_kernel[(32,)](tiles.w2, tiles.w2_scale, tiles.w2_exponent, out, units, 128)
@@ -161,7 +160,7 @@ def check(
     """gate_up and down against this arithmetic, and against the unrounded weights."""
     weights = random_experts(E, K, size)
     hidden, topk_weights = torch.randn(len(ids), K).bfloat16(), torch.rand(ids.shape)
-    tiles = NVFP4Tiles.pack(experts_to(weights, device))
+    tiles = NVFP4Tiles.pack(on_device(weights, device))
     routing = routing_of(ids.to(device), E, tile.block_rows)
     model, loss = rounded(weights), FP32 if device.type == "cpu" else QGMMA
     x = quantised(hidden[:, hidden_permutation_fp8(K)], device)
@@ -210,7 +209,7 @@ def test_blocks_that_are_not_full(device: torch.device) -> None:
 
 def test_not_a_number_stays_in_its_rows(device: torch.device) -> None:
     torch.manual_seed(2)
-    tiles = NVFP4Tiles.pack(experts_to(random_experts(E, K, 64), device))
+    tiles = NVFP4Tiles.pack(on_device(random_experts(E, K, 64), device))
     ids, hidden = torch.tensor([[0, 1], [0, 1], [-1, 9]]), torch.randn(3, K).bfloat16()
     hidden[1, 200] = float("nan")
     routing = routing_of(ids.to(device), E, 16)

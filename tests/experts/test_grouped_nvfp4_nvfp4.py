@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from nvfp4_layers import (
     down_reference,
-    experts_to,
     gate_up_reference,
     random_experts,
     routing_of,
 )
 from torch import Tensor
 
+from step37_kernels.expert_weights import on_device
 from step37_kernels.experts.grouped_nvfp4_nvfp4 import down, gate_up, quantize_nvfp4_row
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats import nvfp4
@@ -88,7 +88,7 @@ def check(
     """gate_up and down of a random layer are within the bounds, in one launch each."""
     weights = random_experts(E, K, size)
     hidden, topk_weights = torch.randn(len(ids), K).bfloat16(), torch.rand(ids.shape)
-    routing, ours = routing_of(ids.to(device), E, tile.block_rows), experts_to(weights, device)
+    routing, ours = routing_of(ids.to(device), E, tile.block_rows), on_device(weights, device)
     x = quantised(hidden.to(device), torch.tensor(0.002))
     with counted() as launches:
         intermediate = gate_up(x, ours, routing, limit, tile)
@@ -123,7 +123,7 @@ def test_not_a_number_stays_in_its_rows_and_other_ranks_pairs_are_not_touched(
 ) -> None:
     torch.manual_seed(2)
     # 48 channels are less than a trip of the loop: the scales after them are the next row's.
-    weights = experts_to(random_experts(E, K, 48), blackwell)
+    weights = on_device(random_experts(E, K, 48), blackwell)
     ids, hidden = torch.tensor([[0, 1], [0, 1], [-1, 9]]), torch.randn(3, K).bfloat16()
     hidden[1, 200] = float("nan")
     routing, unit = routing_of(ids.to(blackwell), E, 16), torch.tensor(0.01)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
+from step37_kernels.expert_weights import (
+    BF16Experts,
+    ExpertWeights,
+    FP8Experts,
+    NVFP4Experts,
+    on_device,
+)
 from step37_kernels.experts.layer import experts, prepare
 from step37_kernels.formats import fp8_block, nvfp4
 from step37_kernels.launch import counted
@@ -39,34 +45,17 @@ def make_weights(form: str, experts: int, hidden: int, size: int, offset: int = 
         return BF16Experts(torch.cat([gate, up], 1).bfloat16(), down.bfloat16())
     if form == "fp8":  # a shard that begins `offset` channels inside a block
         gate, up, down = (fp8_block.quantize(part) for part in (gate, up, down))
-        return FP8Experts(
-            torch.cat([gate.data[:, offset:], up.data[:, offset:]], 1),
-            torch.stack([gate.scale_inv, up.scale_inv], 1),
-            down.data[:, :, offset:].contiguous(),
-            down.scale_inv,
-            intermediate_offset=offset,
-        )
-    first, second, third = (nvfp4.quantize(part) for part in (gate, 8 * up, down))
-    return NVFP4Experts(
-        torch.cat([first.packed, second.packed], 1),
-        torch.cat([first.block_scale, second.block_scale], 1),
-        torch.stack([first.global_scale, second.global_scale], 1),
-        third.packed,
-        third.block_scale,
-        third.global_scale,
-    )
-
-
-def to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(weights).items()}
-    return type(weights)(**moved)
+        here = slice(offset, None)
+        parts = gate.shard(here, None), up.shard(here, None), down.shard(None, here)
+        return FP8Experts.of(*parts)
+    return NVFP4Experts.of(*(nvfp4.quantize(part) for part in (gate, 8 * up, down)))
 
 
 def run(device: torch.device, hidden: Tensor, weights: ExpertWeights, *args, **options) -> Tensor:
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
     if "input_scales" in options:
         options["input_scales"] = tuple(scale.to(device) for scale in options["input_scales"])
-    prepared = prepare(to(weights, device), options["activations"])
+    prepared = prepare(on_device(weights, device), options["activations"])
     return experts(hidden.to(device), prepared, *moved, **options).cpu()
 
 
@@ -184,7 +173,7 @@ def test_no_tokens_and_no_local_tokens(device: torch.device, form: str, activati
 
 
 def test_bad_input_is_refused_before_a_launch(device: torch.device) -> None:
-    weights = to(make_weights("bf16", 2, 128, 64), device)
+    weights = on_device(make_weights("bf16", 2, 128, 64), device)
     hidden, topk_weights, ids = (t.to(device) for t in batch(3, 2, 2, 128))
     with counted() as launches:
         with pytest.raises(ValueError, match=r"hidden has shape \[3, 64\], expected \[any, 128\]"):
@@ -203,11 +192,11 @@ def test_bad_input_is_refused_before_a_launch(device: torch.device) -> None:
 
 
 def test_weights_that_cannot_be_served_are_refused_at_load(device: torch.device) -> None:
-    weights = to(make_weights("fp8", 2, 128, 64), device)
+    weights = on_device(make_weights("fp8", 2, 128, 64), device)
     weights.w2.view(torch.uint8)[1, 5, 7] = 0x7F
     with pytest.raises(ValueError, match="w2 of expert 1 holds NaN"):
         prepare(weights)
-    weights = to(make_weights("nvfp4", 2, 128, 64), device)
+    weights = on_device(make_weights("nvfp4", 2, 128, 64), device)
     weights.w13_scale.view(torch.uint8)[0, 3, 1] = 0xFF
     with pytest.raises(ValueError, match="NaN"):
         prepare(weights)
@@ -216,7 +205,7 @@ def test_weights_that_cannot_be_served_are_refused_at_load(device: torch.device)
 def test_debug_names_the_token_with_a_wrong_id(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = to(make_weights("bf16", 2, 128, 64), device)
+    weights = on_device(make_weights("bf16", 2, 128, 64), device)
     hidden, topk_weights, ids = (t.to(device) for t in batch(3, 2, 2, 128))
     ids[1, 1] = 9
     experts(hidden, weights, topk_weights, ids, None)  # without it nothing is read back

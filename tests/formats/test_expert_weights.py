@@ -32,13 +32,7 @@ def test_fp8_shards_are_slices_of_the_whole(size, ranks):
     for rank in range(ranks):
         part = slice(rank * local, (rank + 1) * local)
         g, u, d = gate.shard(part, None), up.shard(part, None), down.shard(None, part)
-        weights = FP8Experts(
-            torch.cat([g.data, u.data], 1),
-            torch.stack([g.scale_inv, u.scale_inv], 1),
-            d.data,
-            d.scale_inv,
-            intermediate_offset=g.row_offset,
-        )
+        weights = FP8Experts.of(g, u, d)
         assert weights.format == "fp8"
         assert (weights.num_experts, weights.intermediate_size, weights.hidden_size) == (
             E,
@@ -59,15 +53,7 @@ def nvfp4_parts() -> tuple[nvfp4.NVFP4Tensor, nvfp4.NVFP4Tensor, nvfp4.NVFP4Tens
 
 
 def nvfp4_experts() -> NVFP4Experts:
-    gate, up, down = nvfp4_parts()
-    return NVFP4Experts(
-        torch.cat([gate.packed, up.packed], 1),
-        torch.cat([gate.block_scale, up.block_scale], 1),
-        torch.stack([gate.global_scale, up.global_scale], 1),
-        down.packed,
-        down.block_scale,
-        down.global_scale,
-    )
+    return NVFP4Experts.of(*nvfp4_parts())
 
 
 def test_nvfp4_keeps_the_global_scales_apart():

@@ -41,25 +41,12 @@ def oracle_holding(weights: ExpertWeights, config, limit: float | None) -> Step3
 def fp8_experts(oracle: Step3p7Experts) -> FP8Experts:
     gate, up = (fp8_block.quantize(half) for half in oracle.gate_up_proj.data.chunk(2, dim=1))
     down = fp8_block.quantize(oracle.down_proj.data)
-    return FP8Experts(
-        torch.cat([gate.data, up.data], 1),
-        torch.stack([gate.scale_inv, up.scale_inv], 1),
-        down.data,
-        down.scale_inv,
-    )
+    return FP8Experts.of(gate, up, down)
 
 
 def nvfp4_experts(oracle: Step3p7Experts) -> NVFP4Experts:
     gate, up = oracle.gate_up_proj.data.chunk(2, dim=1)
-    parts = [nvfp4.quantize(m) for m in (gate, 3 * up, oracle.down_proj.data)]
-    return NVFP4Experts(
-        torch.cat([parts[0].packed, parts[1].packed], 1),
-        torch.cat([parts[0].block_scale, parts[1].block_scale], 1),
-        torch.stack([parts[0].global_scale, parts[1].global_scale], 1),
-        parts[2].packed,
-        parts[2].block_scale,
-        parts[2].global_scale,
-    )
+    return NVFP4Experts.of(*(nvfp4.quantize(m) for m in (gate, 3 * up, oracle.down_proj.data)))
 
 
 @pytest.mark.parametrize("limit", [None, 0.1])
@@ -113,13 +100,7 @@ def test_tensor_parallel_fp8_parts_add_up(size, ranks):
     def part(rank: int, ranks: int) -> FP8Experts:
         channels = slice(rank * size // ranks, (rank + 1) * size // ranks)
         g, u, d = gate.shard(channels, None), up.shard(channels, None), down.shard(None, channels)
-        return FP8Experts(
-            torch.cat([g.data, u.data], 1),
-            torch.stack([g.scale_inv, u.scale_inv], 1),
-            d.data,
-            d.scale_inv,
-            intermediate_offset=d.col_offset,
-        )
+        return FP8Experts.of(g, u, d)
 
     hidden, topk_ids = torch.randn(6, K), torch.tensor([[0, 1]] * 6, dtype=torch.int32)
     topk_weights = torch.rand(6, 2)
