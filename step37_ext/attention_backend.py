@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from step37_ext.model.forward import LayerCache, Paging, attend_cached
 from step37_ext.server_facts import device_target
 from step37_kernels import dispatch
 from step37_kernels.attention.pages import PAGE_SIZES
+from step37_kernels.checks import ceil_div
 from step37_kernels.reference.attention import write_cache
 
 if TYPE_CHECKING:
@@ -24,18 +25,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GraphTables:
-    """What captured passes read.
+class Tables:
+    """What the passes of a batch read: made for one pass, or once for all captured ones.
 
     Attributes:
-        full, sliding: page tables `[max_bs, pages]` of the two pools.
-        sliding_slots: the sliding pool's slots `[tokens]`.
-        seq_lens: int32 `[max_bs]`, lengths with the drafts.
+        full, sliding: page tables `[B, pages]` of the two pools, as `page_tables` fills them; None
+            where no layer reads it, or where there is no such pool.
+        sliding_slots: the sliding pool's slots `[tokens]` for new keys, None without that pool.
+        seq_lens: int32 `[B]`, lengths with the drafts.
     """
 
-    full: torch.Tensor
-    sliding: torch.Tensor
-    sliding_slots: torch.Tensor
+    full: torch.Tensor | None
+    sliding: torch.Tensor | None
+    sliding_slots: torch.Tensor | None
     seq_lens: torch.Tensor
 
 
@@ -47,70 +49,90 @@ class Step37AttentionBackend(AttentionBackend):
     backends for prefill and decode differ: there q, k and v come one by one, and the gate after.
     """
 
+    # With drafts SGLang then leaves `seq_lens_cpu` None where they are verified and made, and waits
+    # for no lengths; prompts, and decoding without drafts, keep theirs, which are exact.
+    needs_cpu_seq_lens = False
+
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         # A page size that the kernels do not have is served slot by slot.
         self.page_size = runner.page_size if runner.page_size in PAGE_SIZES else 1
-        device = torch.device(runner.device)
-        self.attend = dispatch.choose("attend", device_target(device, "-", runner.dtype))
+        self.two_pools = isinstance(self.pool, SWAKVPool)
+        if self.two_pools and self.pool.full_to_swa_index_mapping is None:
+            raise ValueError(
+                "the KV pools of this start have no table from full to sliding slots "
+                "(--enable-unified-memory): --attention-backend step37 needs one"
+            )
+        # Drafts are sliding layers alone: nobody would read a full table of theirs.
+        self.has_full = not self.two_pools or self.pool.full_layer_nums > 0
+        last = runner.sliding_window_size
+        self.window = None if last is None else last + 1
+        target = device_target(torch.device(runner.device), "-", runner.dtype)
+        self.attend = dispatch.choose("attend", target)
+        self.page_tables = dispatch.choose("page_tables", target)
         self.full: Paging | None = None
         self.sliding: Paging | None = None
         self.seq_lens = torch.empty(0)
         self.query_lens: torch.Tensor | int | None = None
-        self.graph: GraphTables | None = None
+        self.graph: Tables | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Before a pass that no graph replays."""
-        slots = self._first_slots(forward_batch, self._longest(forward_batch))
-        new = forward_batch.out_cache_loc
-        self.full = self.sliding = Paging(self._pages(slots), new)
-        if isinstance(self.pool, SWAKVPool):
-            translate = self.pool.translate_loc_from_full_to_swa
-            self.sliding = Paging(self._pages(translate(slots)), translate(new))
-        drafts = _drafts_to_count(forward_batch)
-        self.seq_lens = forward_batch.seq_lens + drafts if drafts else forward_batch.seq_lens
-        self.query_lens = _query_lens(forward_batch)
+        pages = self._pages(self._longest(forward_batch))
+        new = len(forward_batch.out_cache_loc)
+        self._fill(self._tables(forward_batch.batch_size, pages, new), forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the tables that every captured graph reads, for that many sequences and tokens."""
-        pages = -(-self.req_to_token.shape[1] // self.page_size)
-        new = self.req_to_token.new_zeros
-        self.graph = GraphTables(
-            new((max_bs, pages), dtype=torch.int32),
-            new((max_bs, pages), dtype=torch.int32),
-            new((max_num_tokens,), dtype=torch.int64),
-            new((max_bs,), dtype=torch.int32),
-        )
+        self.graph = self._tables(max_bs, self._pages(self.req_to_token.shape[1]), max_num_tokens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Before capture and before each replay: fill the tables in place."""
+        """Before capture and before each replay: fill the tables in place, from device lengths."""
         assert self.graph is not None, "init_cuda_graph_state was not called"
-        size, tables = forward_batch.batch_size, self.graph
-        # A capture only needs tables that are valid: each replay fills them for itself.
-        width = self._longest(forward_batch)
+        self._fill(self.graph, forward_batch)
+
+    def _tables(self, batch: int, pages: int, tokens: int) -> Tables:
+        # Zeros: what no pass fills is then a page that exists, whatever is checked of it.
+        new = partial(self.req_to_token.new_zeros, dtype=torch.int32)
+        return Tables(
+            new((batch, pages)) if self.has_full else None,
+            new((batch, pages)) if self.two_pools else None,
+            new((tokens,), dtype=torch.int64) if self.two_pools else None,
+            new((batch,)),
+        )
+
+    def _fill(self, tables: Tables, forward_batch: ForwardBatch) -> None:
+        """Fill the tables' first rows with this batch, and let its layers read them."""
         # SGLang may hand over buffers that are longer than the batch.
-        slots = self._first_slots(forward_batch, width)[:size]
-        new = forward_batch.out_cache_loc
-        pages = self._pages(slots)
-        tables.full[:size, : pages.shape[1]] = pages
-        self.full = self.sliding = Paging(tables.full[:size], new)
-        if isinstance(self.pool, SWAKVPool):
-            translate = self.pool.translate_loc_from_full_to_swa
-            tables.sliding[:size, : pages.shape[1]] = self._pages(translate(slots))
-            tables.sliding_slots[: len(new)] = translate(new)
-            # A replay has as many rows as were captured: padding goes to SGLang's dummy slot.
-            tables.sliding_slots[len(new) :].zero_()
-            self.sliding = Paging(tables.sliding[:size], tables.sliding_slots[: len(new)])
-        self.query_lens = _query_lens(forward_batch)
-        self.seq_lens = forward_batch.seq_lens[:size]
-        if isinstance(self.query_lens, int):
-            lengths = self.seq_lens + _drafts_to_count(forward_batch)
-            # A padding row's length is that of one token, and it has as many queries as the others.
-            self.seq_lens = tables.seq_lens[:size].copy_(lengths.clamp(min=self.query_lens))
+        size, new = forward_batch.batch_size, forward_batch.out_cache_loc
+        full, sliding, slots = tables.full, tables.sliding, tables.sliding_slots
+        full = None if full is None else full[:size]
+        sliding = None if sliding is None else sliding[:size]
+        self.seq_lens, self.query_lens = tables.seq_lens[:size], _query_lens(forward_batch)
+        # All new slots of a captured pass are filled: it has as many rows as were captured.
+        self.page_tables(
+            self.req_to_token,
+            forward_batch.req_pool_indices[:size],
+            forward_batch.seq_lens[:size],
+            _drafts_to_count(forward_batch),
+            self.query_lens,
+            self.page_size,
+            self.seq_lens,
+            full,
+            sliding,
+            self.pool.full_to_swa_index_mapping if self.two_pools else None,
+            self.window,
+            new if self.two_pools else None,
+            slots,
+        )
+        self.full = None if full is None else Paging(full, new)
+        self.sliding = self.full
+        if sliding is not None and slots is not None:
+            self.sliding = Paging(sliding, slots[: len(new)])
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -134,6 +156,8 @@ class Step37AttentionBackend(AttentionBackend):
         window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
         paging = self.full if window is None else self.sliding
         assert paging is not None, "init_forward_metadata was not called"
+        # Its pages before that window were not filled.
+        assert window is None or self.window is None or window <= self.window, "a wider window"
         return LayerCache(
             self.pool.get_key_buffer(layer.layer_id),
             self.pool.get_value_buffer(layer.layer_id),
@@ -175,20 +199,17 @@ class Step37AttentionBackend(AttentionBackend):
         """SGLang's own Triton helpers may be used beside this backend on a GPU only."""
         return self.req_to_token.is_cuda
 
-    def _first_slots(self, forward_batch: ForwardBatch, width: int) -> torch.Tensor:
-        """The slot that each page of the first `width` positions begins with, `[B, pages]`."""
-        return self.req_to_token[forward_batch.req_pool_indices, : width : self.page_size]
-
-    def _pages(self, first_slots: torch.Tensor) -> torch.Tensor:
-        """Numbers of the pages that begin with these slots."""
-        return (first_slots // self.page_size).int()
+    def _pages(self, positions: int) -> int:
+        """Pages of so many positions."""
+        return ceil_div(positions, self.page_size)
 
     def _longest(self, forward_batch: ForwardBatch) -> int:
-        """The longest sequence, of the lengths that SGLang has on the host: no wait."""
-        lengths = forward_batch.seq_lens_cpu
+        """The longest sequence by the lengths on the host; without them the longest possible."""
+        lengths, most = forward_batch.seq_lens_cpu, self.req_to_token.shape[1]
         if lengths is None:
-            return self.req_to_token.shape[1]
-        return int(lengths.max()) + _drafts_to_count(forward_batch) if lengths.numel() else 0
+            return most
+        longest = int(lengths.max()) + _drafts_to_count(forward_batch) if lengths.numel() else 0
+        return min(longest, most)
 
 
 def _drafts_to_count(forward_batch: ForwardBatch) -> int:

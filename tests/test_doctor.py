@@ -33,7 +33,7 @@ def test_every_kernel_is_tried_and_a_checkpoint_checked(untrained: dict[str, Pat
         "folder": str(untrained["fp8"]), "whole": True, "format": "fp8"
     }  # fmt: skip
     tried = [(c["operation"], c["weights"]) for c in found["self_test"]]
-    assert len(tried) == 14 and {o for o, _ in tried} == set(dispatch.OPERATIONS)
+    assert len(tried) == 15 and {o for o, _ in tried} == set(dispatch.OPERATIONS)
     ran = "triton" if torch.cuda.is_available() else "interpret"
     assert all(c["passed"] and c["implementation"] == ran for c in found["self_test"])
     assert {k["operation"] for k in found["kernels"]} == set(dispatch.OPERATIONS)

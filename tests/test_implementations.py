@@ -8,7 +8,9 @@ import torch
 from step37_kernels import implementations, interpret  # noqa: F401  (makes the kernels known)
 from step37_kernels.dispatch import Target, candidates, choose
 
-KERNELS = ("linear", "route", "experts", "shared_expert", "activation", "prologue", "attend")
+KERNELS = (
+    "linear", "route", "experts", "shared_expert", "activation", "page_tables", "prologue", "attend"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

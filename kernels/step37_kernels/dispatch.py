@@ -15,11 +15,14 @@ from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
 from step37_kernels.reference.linear import linear
+from step37_kernels.reference.page_tables import page_tables
 from step37_kernels.reference.route import route
 from step37_kernels.reference.shared_expert import shared_expert
 
 ENVIRONMENT_VARIABLE = "STEP37_IMPL"
-OPERATIONS = ("route", "experts", "shared_expert", "activation", "linear", "prologue", "attend")
+OPERATIONS = (
+    "route", "experts", "shared_expert", "activation", "linear", "page_tables", "prologue", "attend"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ for _operation, _function in (
     ("experts", experts),
     ("shared_expert", shared_expert),
     ("activation", swiglu_step),
+    ("page_tables", page_tables),
     ("prologue", prologue_into_cache),
     ("attend", attend),
 ):

@@ -14,6 +14,7 @@ import torch
 from step37_kernels import interpret
 from step37_kernels.activation import activation
 from step37_kernels.attention.attend import attend
+from step37_kernels.attention.page_tables import page_tables
 from step37_kernels.attention.prologue import prologue
 from step37_kernels.dispatch import Target, register
 from step37_kernels.experts.layer import experts, prepare
@@ -63,5 +64,6 @@ _register("route", route)
 _register("experts", experts, prepare)
 _register("shared_expert", shared_expert, prepare_matrix)
 _register("activation", activation)
+_register("page_tables", page_tables)
 _register("prologue", prologue)
 _register("attend", attend)

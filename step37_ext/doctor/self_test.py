@@ -23,6 +23,7 @@ from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
 from step37_kernels.reference.linear import linear
+from step37_kernels.reference.page_tables import page_tables
 from step37_kernels.reference.rotary import cos_sin_cache
 from step37_kernels.reference.route import route
 from step37_kernels.reference.shared_expert import shared_expert
@@ -67,6 +68,7 @@ def run_checks(target: Target) -> list[Check]:
     checks.append(_check("linear", "fp8", target, _linear(device)))
     for kind in ("bf16", "fp8"):
         checks.append(_check("shared_expert", kind, target, _shared(kind, device)))
+    checks.append(_check("page_tables", "-", target, _page_tables(device)))
     for cache in (torch.bfloat16, torch.float8_e4m3fn):
         name = "bf16" if cache == torch.bfloat16 else "fp8"
         checks.append(_check("prologue", f"{name} cache", target, _prologue(cache, device)))
@@ -163,6 +165,26 @@ def _prologue(kind: torch.dtype, device: torch.device) -> _Run:
                 0.5, 2.0,
             )  # fmt: skip
             results.append(torch.cat([t.float().flatten() for t in (q, keys, values)]))
+        return results[0], results[1]
+
+    return run
+
+
+def _page_tables(device: torch.device) -> _Run:
+    positions = torch.randperm(64).int().view(2, 32).to(device)
+    requests, lengths = torch.tensor([[1, 0], [17, 32]], device=device)
+    mapping = torch.randperm(64).to(device)
+
+    def run(chosen: dispatch.Implementation) -> tuple[Tensor, Tensor]:
+        results = []
+        for function in (chosen, page_tables):
+            full, sliding = torch.zeros(2, 2, 32, dtype=torch.int32, device=device)
+            counts, slots = torch.zeros_like(full[:, 0]), torch.zeros_like(lengths)
+            function(
+                positions, requests, lengths, 0, None, 1, counts, full, sliding, mapping, 8,
+                lengths, slots,
+            )  # fmt: skip
+            results.append(torch.cat([t.flatten() for t in (counts, full, sliding, slots)]))
         return results[0], results[1]
 
     return run

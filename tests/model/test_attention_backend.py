@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from step37_ext import attention_backend
 from step37_ext.attention_backend import Step37AttentionBackend
 from step37_kernels.attention.pages import check_paging
 
-LENGTH, SLOTS = 64, 256
+LENGTH, SLOTS, WINDOW = 64, 256, 48
 
 
 class Pool:
-    """Stands in for SGLang's pool of two caches: sliding slots are full ones plus 1000."""
+    """Stands in for SGLang's pool of two caches: sliding slots are full ones plus 1024."""
 
-    def translate_loc_from_full_to_swa(self, slots: torch.Tensor) -> torch.Tensor:
-        return slots + 1000
+    def __init__(self, full_layers: int = 1) -> None:
+        self.full_layer_nums = full_layers
+        # As SGLang's, it ends with what the slot -1 is.
+        self.full_to_swa_index_mapping = torch.cat(
+            (torch.arange(1024, 1024 + SLOTS), torch.tensor([-1]))
+        )
 
 
 @pytest.fixture
@@ -26,13 +31,16 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Step37AttentionBackend:
     return make(monkeypatch, page_size=1)
 
 
-def make(monkeypatch: pytest.MonkeyPatch, page_size: int) -> Step37AttentionBackend:
+def make(
+    monkeypatch: pytest.MonkeyPatch, page_size: int = 1, pool: Any = None
+) -> Step37AttentionBackend:
     monkeypatch.setattr(attention_backend, "SWAKVPool", Pool)
     table = torch.arange(SLOTS, dtype=torch.int32).view(4, LENGTH)
     runner = SimpleNamespace(
-        token_to_kv_pool=Pool(),
+        token_to_kv_pool=Pool() if pool is None else pool,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         page_size=page_size,
+        sliding_window_size=WINDOW - 1,
         device="cpu",
         dtype=torch.bfloat16,
     )
@@ -68,9 +76,9 @@ def batch(
 def test_eager_tables(backend: Step37AttentionBackend) -> None:
     backend.init_forward_metadata(batch([2, 0], [3, 5], [130, 4], decode=False))
     assert backend.full is not None and backend.sliding is not None
-    assert backend.full.page_table.tolist() == [[128, 129, 130, 131, 132], [0, 1, 2, 3, 4]]
-    assert backend.sliding.page_table[1].tolist() == [1000, 1001, 1002, 1003, 1004]
-    assert backend.sliding.new_slots.tolist() == [1130, 1004]
+    assert backend.full.page_table.tolist() == [[128, 129, 130, 0, 0], [0, 1, 2, 3, 4]]
+    assert backend.sliding.page_table[1].tolist() == [1024, 1025, 1026, 1027, 1028]
+    assert backend.sliding.new_slots.tolist() == [1154, 1028]
     assert backend.query_lens is not None and backend.full.page_table.dtype == torch.int32
 
 
@@ -81,10 +89,8 @@ def test_pages_of_16_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -
     backend.init_forward_metadata(one)
     assert backend.full is not None
     pages = -(-width // 16)
-    assert backend.full.page_table.tolist() == [
-        list(range(4, 4 + pages)),
-        list(range(8, 8 + pages)),
-    ]
+    assert backend.full.page_table[0].tolist() == list(range(4, 4 + pages))
+    assert int(backend.full.page_table[1, 0]) == 8
     check_paging(backend.full.page_table, one.seq_lens, 16, 2)
 
 
@@ -96,11 +102,11 @@ def test_a_replay_with_fewer_requests_writes_nothing_of_theirs(
     assert backend.sliding is not None and backend.full is not None
     recorded_slots, recorded_table = backend.sliding.new_slots, backend.full.page_table
     backend.init_forward_metadata_out_graph(batch([0, 1, 2, 3], [9, 8, 7, 6], [8, 71, 134, 197]))
-    assert recorded_slots.tolist() == [1008, 1071, 1134, 1197]
+    assert recorded_slots.tolist() == [1032, 1095, 1158, 1221]
     assert recorded_table[3, :6].tolist() == list(range(192, 198))
     # SGLang pads the rows and not the new slots.
     backend.init_forward_metadata_out_graph(batch([0, 1, 2, 0], [10, 9, 8, 1], [9, 72, 135]))
-    assert recorded_slots.tolist() == [1009, 1072, 1135, 0]
+    assert recorded_slots.tolist() == [1033, 1096, 1159, 0]
     assert backend.get_cuda_graph_seq_len_fill_value() == 1
 
 
@@ -122,6 +128,55 @@ def test_lengths_that_sglang_keeps_on_the_gpu_are_not_waited_for(
     unknown.seq_lens_cpu = None
     backend.init_forward_metadata(unknown)
     assert backend.full is not None and backend.full.page_table.shape == (2, LENGTH)
+    assert backend.seq_lens.tolist() == [5, 7] and not backend.needs_cpu_seq_lens
+    assert backend.full.page_table[0, :6].tolist() == [128, 129, 130, 131, 132, 0]
+
+
+def test_a_replay_reads_lengths_on_the_device_and_the_recorded_tensors(
+    backend: Step37AttentionBackend,
+) -> None:
+    backend.init_cuda_graph_state(4, 4)
+    backend.init_forward_metadata_out_graph(batch([0] * 4, [1] * 4, [0] * 4), in_capture=True)
+    assert backend.full is not None and backend.sliding is not None
+    recorded = (
+        backend.full.page_table, backend.sliding.page_table, backend.sliding.new_slots,
+        backend.seq_lens,
+    )  # fmt: skip
+    for length in (5, LENGTH, 2):
+        replay = batch([1, 2, 3, 0], [length, 4, 3, 1], [64, 65, 66, 67])
+        replay.seq_lens_cpu = None
+        backend.init_forward_metadata_out_graph(replay)
+        now = (
+            backend.full.page_table, backend.sliding.page_table, backend.sliding.new_slots,
+            backend.seq_lens,
+        )  # fmt: skip
+        assert [t.data_ptr() for t in now] == [t.data_ptr() for t in recorded]
+        full, sliding, slots, lengths = recorded
+        assert lengths.tolist() == [length, 4, 3, 1] and slots[0] == 1088
+        first = max(0, length - WINDOW)
+        assert full[0, :length].tolist() == list(range(64, 64 + length))
+        assert sliding[0, first:length].tolist() == list(range(1088 + first, 1088 + length))
+
+
+def test_drafts_have_no_full_table_and_one_pool_no_sliding_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drafts = make(monkeypatch, pool=Pool(full_layers=0))
+    drafts.init_forward_metadata(batch([2, 0], [5, 7], [131, 132, 5, 6], extend=2))
+    assert drafts.full is None and drafts.sliding is not None
+    assert drafts.sliding.page_table[1].tolist() == list(range(1024, 1031))
+    single = make(monkeypatch, pool=object())
+    single.init_forward_metadata(batch([2, 0], [5, 7], [132, 6]))
+    assert single.sliding is single.full and single.full is not None
+    assert single.full.new_slots.tolist() == [132, 6]
+    assert single.full.page_table[1].tolist() == list(range(7))
+
+
+def test_pools_without_a_table_between_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool()
+    pool.full_to_swa_index_mapping = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="--enable-unified-memory"):
+        make(monkeypatch, pool=pool)
 
 
 @pytest.mark.parametrize("kind", ["verify", "extend"])
@@ -142,7 +197,7 @@ def test_recorded_drafts_read_the_same_places(backend: Step37AttentionBackend, k
     assert backend.seq_lens.data_ptr() == recorded.data_ptr() and backend.seq_lens.shape == (2,)
     assert backend.full is not None and backend.sliding is not None
     assert backend.full.page_table[:, :3].tolist() == [[192, 193, 194], [64, 65, 66]]
-    assert backend.sliding.new_slots.tolist() == [1201, 1202, 1072, 1073]
+    assert backend.sliding.new_slots.tolist() == [1225, 1226, 1096, 1097]
 
 
 def test_no_mask_is_made_for_drafts(backend: Step37AttentionBackend) -> None:

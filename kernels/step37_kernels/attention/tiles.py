@@ -83,6 +83,18 @@ def multiprocessors(device: torch.device) -> int:
 PROLOGUE_ROWS = 32
 """Heads of a prologue program: 8 KB of q, k and v, 4 loads of 16 bytes a thread in flight."""
 
+PAGE_TABLE_BLOCK = 512
+"""Pages in one trip of a page table program: four a thread, whose loads are under way at once."""
+
+
+def page_table_programs(pages: int, batch: int) -> int:
+    """Programs that share one sequence's row of `pages`: 8 an SM for all, no more than blocks.
+
+    They are as many as a row's full width can occupy, since lengths are not known on the host.
+    """
+    each = 8 * _H100_MULTIPROCESSORS // max(batch, 1)
+    return max(1, min(each, ceil_div(pages, PAGE_TABLE_BLOCK)))
+
 
 @dataclass(frozen=True)
 class ExtendTile:
