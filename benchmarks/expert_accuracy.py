@@ -29,18 +29,11 @@ from step37_kernels.expert_weights import (
     NVFP4Experts,
     on_device,
 )
+from step37_kernels.experts.formats import FORMATS, multiplied_as
 from step37_kernels.experts.layer import experts, prepare
 from step37_kernels.formats import fp8_block, nvfp4
 from step37_kernels.reference.activation import swiglu_step
 
-PAIRS = (  # weights, activations
-    ("bf16", "same"),
-    ("fp8", "same"),
-    ("fp8", "fp8"),
-    ("nvfp4", "same"),
-    ("nvfp4", "fp8"),
-    ("nvfp4", "nvfp4"),
-)
 LIMIT = 7.0  # the release's, on its last two layers
 
 
@@ -60,10 +53,10 @@ class Errors:
 
 
 def pairs() -> tuple[tuple[str, str], ...]:
-    """Those of PAIRS that run here: the scaled FP4 product is sm_100's."""
+    """Those of FORMATS that run here: the scaled FP4 product is sm_100's."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (10, 0):
-        return PAIRS
-    return tuple(pair for pair in PAIRS if pair[1] != "nvfp4")
+        return FORMATS
+    return tuple(pair for pair in FORMATS if pair[1] != "nvfp4")
 
 
 def draw(hidden: int, size: int, tokens: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +145,7 @@ def rows(found: dict[tuple[str, str], Errors]) -> list[tuple[str, ...]]:
     return [
         (
             form,
-            form if form == activations else {"same": "bf16"}.get(activations, activations),
+            multiplied_as(activations),
             *(f"{100 * value:.3g}%" for value in (error.kernel, error.weights, error.together)),
         )
         for (form, activations), error in found.items()

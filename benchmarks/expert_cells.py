@@ -21,16 +21,12 @@ from step37_ext.deploy.work import (
     routed_experts,
     shared_expert,
 )
+from step37_kernels.experts.formats import FORMATS, multiplied_as
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-FORMATS = (  # weights and what the activations are multiplied as
-    ("nvfp4", "bf16"),
-    ("fp8", "fp8"),
-    ("fp8", "bf16"),
-    ("bf16", "bf16"),
-    ("nvfp4", "fp8"),
-    ("nvfp4", "nvfp4"),
-)
+SERVED = (("nvfp4", "bf16"), ("fp8", "fp8"))
+"""Weights, and what activations are multiplied as, of the two releases that are served."""
+_PAIRS = [(weights, multiplied_as(activations)) for weights, activations in FORMATS]
 ROUTINGS = ("uniform", "zipf")
 GATES = 256  # distinct gate weights that routing cells rotate over: 600 MB, ten times an L2
 
@@ -134,7 +130,7 @@ def cells() -> list[Cell]:
 
 
 def _routed() -> Iterator[Cell]:
-    for weight_format, activations in FORMATS:
+    for weight_format, activations in (*SERVED, *(p for p in _PAIRS if p not in SERVED)):
         for shard in SHARDS.values():
             for routing in ROUTINGS:
                 for tokens in TOKENS:
@@ -142,7 +138,7 @@ def _routed() -> Iterator[Cell]:
 
 
 def _layers() -> Iterator[Cell]:
-    for weight_format, activations in FORMATS[:2]:
+    for weight_format, activations in SERVED:
         for name in ("TP1", "TP4"):
             for tokens in TOKENS:
                 yield routed_cell(
@@ -186,7 +182,7 @@ def _priority(
 ) -> int:
     """0 is measured first: what a reader asks first, of the two releases that are served."""
     later = 0
-    later += (weight_format, activations) not in (("nvfp4", "bf16"), ("fp8", "fp8"))
+    later += (weight_format, activations) not in SERVED
     later += shard not in ("TP1", "TP4")
     later += tokens not in (1, 8, 64, 256, 8192)
     later += 2 * (routing != "uniform")

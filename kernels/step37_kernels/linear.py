@@ -1,10 +1,9 @@
 """Linear layers whose weights are FP8 with a scale per row, and whose activations stay BF16.
 
 Few tokens are bound by the bytes of the weights, so that one kernel expands e4m3 to bf16 in
-registers, exactly (`experts.e4m3_words`). Where N has too few tiles for all SMs, K is split: the
-part of a tile that is done last adds them all, in their order, so that the result has the same bits
-every time and no second launch waits for the first. For many tokens, which are bound by products,
-the weights are expanded to memory once, again exactly, and multiplied by torch's own GEMM.
+registers, exactly (`experts.e4m3_words`). Where N has too few tiles for all SMs, K is split
+(`experts.split_k`). For many tokens, which are bound by products, the weights are expanded to
+memory once, again exactly, and multiplied by torch's own GEMM.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from step37_kernels.checks import ceil_div, require
 from step37_kernels.experts.e4m3_words import weight_tile
 from step37_kernels.experts.gemm_arguments import check_device, tile_options
 from step37_kernels.experts.grouped_bf16 import sum_over_columns
+from step37_kernels.experts.split_k import added, is_last
 from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import launch
 from step37_kernels.linear_tiles import FUSED_TOKENS, LinearTiles
@@ -63,15 +63,9 @@ def linear_fp8_kernel(
         tl.store(out + at, acc.to(tl.bfloat16), mask=stored)
     else:
         size = tokens.to(tl.int64) * N
-        tl.store(parts + split * size + at, acc, mask=stored)
-        tl.debug_barrier()  # the count below speaks for every thread's part
-        if tl.atomic_add(arrived + tile, 1) == SPLITS - 1:
-            total = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-            for part in tl.static_range(SPLITS):
-                # Not from L1, which does not see what other SMs have written.
-                total += tl.load(parts + part * size + at, mask=stored, cache_modifier=".cg")
+        if is_last(parts, at, stored, size, split, acc, arrived + tile, SPLITS):
+            total = added(parts, at, stored, size, arrived + tile, SPLITS)
             tl.store(out + at, total.to(tl.bfloat16), mask=stored)
-            tl.store(arrived + tile, 0)
 
 
 @triton.jit

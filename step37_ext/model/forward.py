@@ -97,6 +97,7 @@ class MoEBlock(Protocol):
 class ExpertsBlock(Protocol):
     """What `routed_experts` needs: one rank's experts, their limit, and the operation."""
 
+    text: TextShape
     limit: float | None
     experts: Any
     run_experts: Any
@@ -230,4 +231,5 @@ def routed_experts(
         block.limit,
         block.experts.shard.first_expert,
         shared=shared,
+        total_experts=block.text.num_experts,
     )

@@ -22,6 +22,7 @@ from benchmarks.harness.hardware import Machine
 from benchmarks.harness.limits import Measured
 from benchmarks.harness.results import Result, Store
 from benchmarks.harness.run import Run
+from step37_kernels.experts.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
@@ -161,7 +162,7 @@ def test_a_plot_has_a_panel_per_setting_and_a_line_per_implementation(tmp_path):
 def test_fp4_products_are_left_to_gpus_that_have_them(monkeypatch, capability, fp4):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    pairs = set(expert_accuracy.PAIRS)
+    pairs = set(FORMATS)
     assert set(expert_accuracy.pairs()) == (pairs if fp4 else pairs - {("nvfp4", "nvfp4")})
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from step37_kernels.expert_weights import ExpertWeights, NVFP4Experts
 from step37_kernels.experts.routing import Routing, most_blocks
 from step37_kernels.reference.activation import swiglu_step
+from tests.experts.bounds import narrow_error
 
 FINITE_SCALES = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F])
 # Half the distance of neighbours with 8 significant bits, relative.
@@ -56,14 +57,19 @@ def routing_of(ids: Tensor, num_experts: int, block_rows: int) -> Routing:
 
 
 def gate_up_reference(
-    x: Tensor, weights: ExpertWeights, ids: Tensor, limit: float | None, loss: float = FP32
+    x: Tensor,
+    weights: ExpertWeights,
+    ids: Tensor,
+    limit: float | None,
+    loss: float = FP32,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """swiglu_step(gate, up) of every pair in fp64 [P, N], and the bound of a kernel's error.
 
     The products are exact; K + 2 additions and multiplications each lose at most `loss` of the sum
     of magnitudes. silu's slope is below 1.1, its own evaluation is within 2^-18 (the
     exponential's argument is rounded, so its error grows with the argument), and the result is
-    rounded to bf16 once. Clamps enlarge no error.
+    rounded to bf16 once. Clamps enlarge no error. `narrow` adds `bounds.narrow_error`.
     """
     x, out, bound, lost = x.double(), [], [], (x.shape[1] + 2) * loss
     for pair, e in enumerate(ids.flatten().tolist()):
@@ -71,6 +77,8 @@ def gate_up_reference(
         gate, up = weights.gate(e, torch.float64), weights.up(e, torch.float64)
         g, u = gate @ row, up @ row
         dg, du = lost * (gate.abs() @ row.abs()), lost * (up.abs() @ row.abs())
+        if narrow:
+            dg, du = dg + narrow_error(gate, row), du + narrow_error(up, row)
         silu = torch.nn.functional.silu(g).abs()
         da = 1.1 * dg + 2.0**-18 * silu
         exact = swiglu_step(torch.cat([g, u])[None], limit)[0].double()
@@ -86,6 +94,7 @@ def down_reference(
     ids: Tensor,
     topk_weights: Tensor,
     loss: float = FP32,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Router weight times down of every pair's intermediate [P, N] in fp64, and the error bound."""
     rows, out, bound = intermediate.double(), [], []
@@ -94,7 +103,10 @@ def down_reference(
     ):
         down = weights.down(e, torch.float64)
         exact = down @ rows[pair] * weight
-        error = (rows.shape[1] + 3) * loss * (down.abs() @ rows[pair].abs()) * weight.abs()
+        error = (rows.shape[1] + 3) * loss * (down.abs() @ rows[pair].abs())
+        if narrow:
+            error = error + narrow_error(down, rows[pair], weights.intermediate_offset)
+        error = error * weight.abs()
         out.append(exact)
         bound.append(error + BF16 * (exact.abs() + error))
     return torch.stack(out), torch.stack(bound)

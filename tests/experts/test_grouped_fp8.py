@@ -78,12 +78,15 @@ def check(
     ran = stages(module, device, hidden, weights, topk_weights, ids, limit, tile)
     here = (ids.flatten() >= 0) & (ids.flatten() < weights.num_experts)
     known = ids.clamp(0, weights.num_experts - 1)
+    narrow = device.type == "cuda" and module is grouped_fp8
     for got, (exact, bound) in (
-        (ran.intermediate, gate_up_reference(ran.x, weights, known, limit)),
-        (ran.partial, down_reference(ran.multiplied, weights, known, topk_weights)),
+        (ran.intermediate, gate_up_reference(ran.x, weights, known, limit, narrow=narrow)),
+        (ran.partial, down_reference(ran.multiplied, weights, known, topk_weights, narrow=narrow)),
     ):
         assert ((got.double() - exact).abs() <= bound)[here].all()
-        assert bound[here].norm() < 0.1 * exact[here].norm()  # the bound says something
+        # The bound says something; that of narrow sums is for the worst case, which none is near.
+        assert narrow or bound[here].norm() < 0.1 * exact[here].norm()
+        assert (got.double() - exact)[here].norm() < 2.0**-7 * exact[here].norm()
     return torch.where(here[:, None], gate_up_reference(ran.x, weights, known, limit)[0], 0)
 
 

@@ -134,7 +134,7 @@ def test_rows_are_quantised_to_nvfp4(device: torch.device) -> None:
     hidden = torch.randn(3, 96, device=device).bfloat16()
     ids = torch.randint(0, 4, (3, 2), dtype=torch.int32, device=device)
     unit = torch.tensor(0.001, device=device)
-    _, rows = sort_and_prepare(hidden, "nvfp4", ids, 4, 0, 16, unit)
+    _, rows = sort_and_prepare(hidden, "nvfp4", ids, 4, 0, 16, global_scale=unit)
     expected = nvfp4.quantize(hidden, unit)
     assert torch.equal(rows.packed, expected.packed)
     assert torch.equal(rows.block_scale.view(torch.uint8), expected.block_scale.view(torch.uint8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from queue import Empty
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,7 +84,7 @@ def moe_output(weight_format: str, part: Part) -> Tensor:
     run_experts = choose("experts", weight_format)
     experts = rank_experts(weight_format, part.ep_rank, part.ep, part.tp_rank, part.tp)
     experts.prepare(run_experts.prepare)
-    routed = SimpleNamespace(limit=LIMIT, experts=experts, run_experts=run_experts)
+    routed = SimpleNamespace(text=shape(), limit=LIMIT, experts=experts, run_experts=run_experts)
     block = SimpleNamespace(
         text=shape(),
         gate=draw(EXPERTS, HIDDEN, seed=4, scale=HIDDEN**-0.5).float(),
@@ -165,7 +166,9 @@ def _rank(rank: int, address: str, queue: Any) -> None:
     torch.set_num_threads(1)
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "interpret"
     from step37_kernels import implementations  # noqa: F401  (makes the kernels known)
+    from step37_kernels.experts.layer import DEBUG_VARIABLE
 
+    os.environ[DEBUG_VARIABLE] = "1"  # no rank takes another's experts for a fault
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for case, group, own in (
@@ -188,12 +191,18 @@ def _rank(rank: int, address: str, queue: Any) -> None:
 def summed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Tensor]:
     """The sums over ranks, by case and layer."""
     address = f"file://{tmp_path_factory.mktemp('gloo')}/store"
-    queue = mp.get_context("spawn").SimpleQueue()
+    queue = mp.get_context("spawn").Queue()
     context = mp.start_processes(_rank, (address, queue), 4, join=False, start_method="spawn")
-    results = [queue.get() for _ in RUNS]
+    results = {}
+    while len(results) < len(RUNS):
+        try:
+            case, name, output = queue.get(timeout=1)
+            results[case, name] = torch.from_numpy(output)
+        except Empty:
+            context.join(timeout=0)  # raises what a rank has raised
     while not context.join():
         pass
-    return {(case, name): torch.from_numpy(output) for case, name, output in results}
+    return results
 
 
 @pytest.mark.parametrize(("case", "layer"), RUNS)

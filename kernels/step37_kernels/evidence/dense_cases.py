@@ -15,15 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from step37_kernels.evidence.layer_shapes import EXPERTS, HIDDEN, TOP_K, meta, meta_routing
 from step37_kernels.evidence.limits import BYTES_IN_FLIGHT, LOOP_FORBIDS, Case, Limits
 from step37_kernels.expert_weights import BF16Experts, FP8Experts
 from step37_kernels.experts import grouped_bf16, grouped_fp8, grouped_fp8_bf16, tiles
 from step37_kernels.experts.activations import FP8Rows
-from step37_kernels.experts.routing import Routing, most_blocks
 from step37_kernels.experts.shared_expert import shared_expert
 from step37_kernels.experts.tiles import GemmTile
 
-EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
 SHARDS = ((1280, 0), (640, 0), (320, 64), (160, 96))
 """(N, where it begins in a block) at TP = 1, 2, 4, 8."""
 PRODUCTS = "as long as the products take, rows / 16, and a tenth more for what is not in the loop"
@@ -50,11 +49,6 @@ def cases() -> list[Case]:
         for tokens in (1, 32, 64, 512, 8192)
         for size, _ in SHARDS
     ]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _limits(
@@ -91,11 +85,7 @@ def _pair(
     """The two launches of a layer, a case each."""
     pairs, size = tokens * TOP_K, weights.intermediate_size
     up, down = choose(pairs, EXPERTS, size, HIDDEN, arch)
-    blocks = most_blocks(pairs, EXPERTS, up.block_rows)
-    int32 = torch.int32
-    routing = Routing(
-        meta(blocks * up.block_rows, dtype=int32), meta(blocks, dtype=int32), up.block_rows, TOP_K
-    )
+    routing = meta_routing(tokens, up, 2 * size)
     factors = meta(tokens, TOP_K, dtype=torch.float32)
     what = f"{tokens} tokens, N={size}"
     name = f"gate_up_{form}_kernel"
@@ -103,7 +93,7 @@ def _pair(
         f"{form} gate-up, {what}",
         arch,
         lambda: module.gate_up(x, weights, routing, 7.0, up),
-        {name: _limits(name, up, HIDDEN, arch, *budget(up))},
+        {name: _limits(name, up, HIDDEN // up.splits, arch, *budget(up))},
     )
     name = f"down_{form}_kernel"
     yield Case(

@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from step37_kernels.evidence.dense_cases import HIDDEN, NO_STORES, PRODUCTS, SHARDS, meta
+from step37_kernels.evidence.dense_cases import NO_STORES, PRODUCTS, SHARDS
+from step37_kernels.evidence.layer_shapes import HIDDEN, meta
 from step37_kernels.evidence.limits import BYTES_IN_FLIGHT, LOOP_FORBIDS, Case, Limits
 from step37_kernels.experts import tiles
 from step37_kernels.experts.shared_expert import shared_expert
@@ -26,12 +27,10 @@ SHAPES = (
     ("qkv", 10240, HIDDEN), ("sliding qkv", 14336, HIDDEN), ("qkv TP=4", 2560, HIDDEN),
     ("sliding qkv TP=8", 1792, HIDDEN), ("o", HIDDEN, 8192), ("sliding o", HIDDEN, 12288),
     ("o TP=8", HIDDEN, 1024), ("dense gate-up", 22528, HIDDEN), ("dense down", HIDDEN, 11264),
-    ("dense down TP=8", HIDDEN, 1408), ("lm_head", 128896, HIDDEN), ("lm_head TP=8", 16112, HIDDEN),
+    ("dense down TP=8", HIDDEN, 1408), ("dense down TP=16", HIDDEN, 704),  # fills no step of 128
 )  # fmt: skip
 """Of the released model: layer, N, K."""
 TOKENS = (1, 32, 64, 512)
-NARROW = (HIDDEN, 320)
-"""N and K of a layer whose K fills no step of 128; no layer of the release is so."""
 
 
 def cases() -> list[Case]:
@@ -39,7 +38,7 @@ def cases() -> list[Case]:
     found = [
         case
         for arch in (90, 100)
-        for name, rows, columns in (*SHAPES, ("narrow", *NARROW))
+        for name, rows, columns in SHAPES
         for case in _linear(arch, name, rows, columns)
     ]
     return found + [

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step37_kernels.evidence.layer_shapes import EXPERTS, HIDDEN, TOP_K, meta, meta_routing
 from step37_kernels.evidence.limits import BYTES_IN_FLIGHT, LOOP_FORBIDS, Case, Limits
 from step37_kernels.expert_weights import NVFP4Experts
 from step37_kernels.experts import grouped_nvfp4, grouped_nvfp4_fp8, grouped_nvfp4_nvfp4, tiles
 from step37_kernels.experts.activations import new_fp8_rows
-from step37_kernels.experts.routing import Routing, most_blocks
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.nvfp4 import NVFP4Tensor
 from step37_kernels.formats.nvfp4_tiles import NVFP4Tiles, padded_intermediate, w13_channels
 
-EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
 SHARDS = {1280: "TP=1", 640: "TP=2", 320: "TP=4", 160: "TP=8"}
 TOKENS = (1, 64, 600, 1024, 8192)
 
@@ -35,11 +34,6 @@ def nvfp4_cases() -> list[Case]:
         for arch in (90, 100)
         for case in _cases("nvfp4", arch, TOKENS, tiles.nvfp4, _bf16_limits)
     ]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor with no memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def meta_tiles(size: int) -> NVFP4Tiles:
@@ -59,13 +53,6 @@ def meta_tiles(size: int) -> NVFP4Tiles:
     )
 
 
-def meta_routing(tokens: int, block_rows: int) -> Routing:
-    """The routing of `tokens` tokens with no memory."""
-    blocks, int32 = most_blocks(tokens * TOP_K, EXPERTS, block_rows), torch.int32
-    slots = meta(blocks * block_rows, dtype=int32)
-    return Routing(slots, meta(blocks, dtype=int32), block_rows, TOP_K)
-
-
 def nvfp4_fp8_cases() -> list[Case]:
     """NVFP4 x FP8 on sm_90: what an opted-in decode batch and a prefill run."""
     return [*_cases("nvfp4_fp8", 90, (64, 1024, 8192), tiles.nvfp4_fp8, _fp8_limits)]
@@ -73,7 +60,7 @@ def nvfp4_fp8_cases() -> list[Case]:
 
 def nvfp4_nvfp4_cases() -> list[Case]:
     """NVFP4 x NVFP4 on sm_100."""
-    batches = (64, 600, 1024, 8192)
+    batches = (1, 64, 600, 1024, 8192)
     return [*_cases("nvfp4_nvfp4", 100, batches, tiles.nvfp4_nvfp4, _native_limits, meta_experts)]
 
 
@@ -99,25 +86,25 @@ def _cases(
 
 
 def _gate_up(weights: NVFP4Tiles, tokens: int, tile: GemmTile) -> Tensor:
-    routing = meta_routing(tokens, tile.block_rows)
+    routing = meta_routing(tokens, tile, weights.w13_rows)
     return grouped_nvfp4.gate_up(meta(tokens, HIDDEN), weights, routing, 7.0, tile)
 
 
 def _down(weights: NVFP4Tiles, tokens: int, tile: GemmTile) -> Tensor:
     rows = meta(tokens * TOP_K, weights.intermediate_padded)
-    routing, topk_weights = meta_routing(tokens, tile.block_rows), _topk_weights(tokens)
+    routing, topk_weights = meta_routing(tokens, tile), _topk_weights(tokens)
     return grouped_nvfp4.down(rows, weights, routing, topk_weights, tile)
 
 
 def _gate_up_fp8(weights: NVFP4Tiles, tokens: int, tile: GemmTile) -> Tensor:
     rows = new_fp8_rows(tokens, HIDDEN, meta(1))
-    routing = meta_routing(tokens, tile.block_rows)
+    routing = meta_routing(tokens, tile)
     return grouped_nvfp4_fp8.gate_up(rows, weights, routing, 7.0, tile)
 
 
 def _down_fp8(weights: NVFP4Tiles, tokens: int, tile: GemmTile) -> Tensor:
     rows = new_fp8_rows(tokens * TOP_K, weights.intermediate_padded, meta(1))
-    routing, topk_weights = meta_routing(tokens, tile.block_rows), _topk_weights(tokens)
+    routing, topk_weights = meta_routing(tokens, tile), _topk_weights(tokens)
     return grouped_nvfp4_fp8.down(rows, weights, routing, topk_weights, tile)
 
 
@@ -141,13 +128,14 @@ def _native_rows(rows: int, columns: int) -> NVFP4Tensor:
 
 
 def _gate_up_native(weights: NVFP4Experts, tokens: int, tile: GemmTile) -> Tensor:
-    rows, routing = _native_rows(tokens, HIDDEN), meta_routing(tokens, tile.block_rows)
+    rows = _native_rows(tokens, HIDDEN)
+    routing = meta_routing(tokens, tile, 2 * weights.intermediate_size)
     return grouped_nvfp4_nvfp4.gate_up(rows, weights, routing, 7.0, tile)
 
 
 def _down_native(weights: NVFP4Experts, tokens: int, tile: GemmTile) -> Tensor:
     rows = _native_rows(tokens * TOP_K, weights.intermediate_size)
-    routing, topk_weights = meta_routing(tokens, tile.block_rows), _topk_weights(tokens)
+    routing, topk_weights = meta_routing(tokens, tile), _topk_weights(tokens)
     return grouped_nvfp4_nvfp4.down(rows, weights, routing, topk_weights, tile)
 
 

@@ -8,13 +8,14 @@ from functools import partial
 import torch
 
 from step37_kernels.activation import activation
+from step37_kernels.evidence.layer_shapes import EXPERTS, HIDDEN, TOP_K, meta
 from step37_kernels.evidence.limits import Case, Limits
 from step37_kernels.experts.activations import quantize
 from step37_kernels.experts.combine import combine
 from step37_kernels.experts.sort import sort, sort_and_prepare
 from step37_kernels.route import route
 
-EXPERTS, HIDDEN, TOP_K, DENSE = 288, 4096, 8, 11264
+DENSE = 11264
 
 ROUTE = Limits(
     "32 experts x 16 tokens are too few rows for wgmma; the gate is 2 MB, read once",
@@ -30,9 +31,6 @@ def cases() -> list[Case]:
 
 
 def _of(arch: int) -> Iterator[Case]:
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     for tokens in (1, 64, 8192):
         ids = meta(tokens, TOP_K, dtype=torch.int32)
         hidden = meta(tokens, HIDDEN)
@@ -44,13 +42,13 @@ def _of(arch: int) -> Iterator[Case]:
                 partial(route, hidden, gate, bias, TOP_K, 3.0),
                 {"route_logits_kernel": ROUTE},
             )
-        yield Case(f"sort, {tokens} tokens", arch, partial(sort, ids, EXPERTS, 0, 16), {})
+        yield Case(f"sort, {tokens} tokens", arch, partial(sort, ids, EXPERTS, 0, 16, 10), {})
         unit = meta(dtype=torch.float32)
         for form in ("slabs", "words", "fp8", "fp8 slabs", "nvfp4"):
             yield Case(
                 f"sort, hidden as {form}, {tokens} tokens",
                 arch,
-                partial(sort_and_prepare, hidden, form, ids, EXPERTS, 0, 16, unit),
+                partial(sort_and_prepare, hidden, form, ids, EXPERTS, 0, 16, 10, unit),
                 {},
             )
         parts = meta(tokens * TOP_K, HIDDEN)

@@ -52,6 +52,37 @@ def check_routing(routing: Routing, tile: GemmTile, device: torch.device) -> Non
     check_device("routing.expert_of_block", routing.expert_of_block, device)
 
 
+def split_buffers(
+    tile: GemmTile, tiles: int, columns: int, step: int, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    """Where the programs of a gate-up that splits K write their sums, and where they are counted.
+
+    Args:
+        tiles: of an expert's w13.
+        columns, step: K, and what the columns of one part are a multiple of.
+
+    Returns:
+        fp32 [max_blocks * tiles, splits, block_rows, block_n] and routing.arrived; with one part,
+        which needs neither, another tensor of the routing twice.
+
+    Raises:
+        ValueError: the parts are not whole steps, or `routing` has other counters.
+    """
+    if tile.splits == 1:
+        return routing.pair_of_slot, routing.pair_of_slot
+    if columns % (tile.splits * step):
+        raise ValueError(
+            f"tile.splits is {tile.splits}, expected a divisor of {columns} columns in steps of "
+            f"{step}"
+        )
+    blocks = routing.max_blocks
+    if routing.arrived is None:
+        raise ValueError(f"routing.arrived is None, expected counters for {tile.splits} splits")
+    require("routing.arrived", routing.arrived, (blocks, tiles), (torch.int32,), contiguous=True)
+    shape = (blocks * tiles, tile.splits, tile.block_rows, tile.block_n)
+    return routing.arrived.new_empty(shape, dtype=torch.float32), routing.arrived
+
+
 def check_down_rows(pairs: int, routing: Routing, topk_weights: Tensor) -> None:
     """Check that the intermediate has a row for every router weight.
 

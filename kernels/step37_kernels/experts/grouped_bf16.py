@@ -2,7 +2,8 @@
 
 The weights are the left operand (64 of their rows fill a wgmma, 16 token rows suffice on the other
 side). A program owns one tile of weight rows and one block of token rows of one expert and goes
-over the whole of the summed dimension, so a row's bits do not depend on its batch-mates.
+over the whole of the summed dimension or, where tiles are few, one of its parts (`split_k`); so a
+row's bits do not depend on its batch-mates.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from step37_kernels.experts.gemm_arguments import (
     check_limit,
     check_routing,
     check_sizes,
+    split_buffers,
     tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.split_k import sum_of_tile
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.launch import launch
 
@@ -68,8 +71,11 @@ def gate_up_bf16_kernel(
     pair_of_slot,
     expert_of_block,
     limit,
+    parts,
+    arrived,
     TOP_K: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -84,10 +90,15 @@ def gate_up_bf16_kernel(
     pair = tl.load(pair_of_slot + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
     valid = pair >= 0
     channels, half, channel = gate_up_rows(tl.program_id(0), N, BLOCK_N)
-    weight_rows = w13 + expert * (2 * N * K) + (half * N + channel) * K
-    token_rows = x + (pair // TOP_K).to(tl.int64) * K
+    first = tl.program_id(2) * (K // SPLITS)
+    weight_rows = w13 + expert * (2 * N * K) + (half * N + channel) * K + first
+    token_rows = x + (pair // TOP_K).to(tl.int64) * K + first
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-    acc = sum_over_columns(weight_rows, token_rows, valid, acc, K, BLOCK_K)
+    acc = sum_over_columns(weight_rows, token_rows, valid, acc, K // SPLITS, BLOCK_K)
+    if SPLITS > 1:
+        acc, last = sum_of_tile(acc, parts, arrived, valid, SPLITS)
+        if not last:
+            return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
 
@@ -131,7 +142,8 @@ def gate_up(
         weights: in bf16, K and N multiples of 16.
         routing: the batch's pairs by expert, in blocks of tile.block_rows.
         limit: the clamp of `swiglu_step`; None or 0 is none.
-        tile: block_n counts rows of w13, so half as many channels; a multiple of 16.
+        tile: block_n counts rows of w13, so half as many channels; a multiple of 16. With splits,
+            block_k divides K / splits, and `routing` has a counter for each tile.
 
     Returns:
         intermediate bf16 [T * top_k, N], rounded once; rows of pairs that are in no block are not
@@ -148,17 +160,20 @@ def gate_up(
     check_routing(routing, tile, x.device)
     clamp = check_limit(limit)
     intermediate = x.new_empty((x.shape[0] * routing.top_k, size))
+    tiles = ceil_div(2 * size, tile.block_n)
     launch(
         gate_up_bf16_kernel,
-        (ceil_div(2 * size, tile.block_n), routing.max_blocks),
+        (tiles, routing.max_blocks, tile.splits),
         x,
         weights.w13,
         intermediate,
         routing.pair_of_slot,
         routing.expert_of_block,
         clamp,
+        *split_buffers(tile, tiles, hidden_size, tile.block_k, routing),
         TOP_K=routing.top_k,
         HAS_LIMIT=clamp > 0,
+        SPLITS=tile.splits,
         N=size,
         K=hidden_size,
         **tile_options(tile),

@@ -25,10 +25,12 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    split_buffers,
     tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.split_k import sum_of_tile
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.launch import launch
 
@@ -99,8 +101,11 @@ def gate_up_fp8_kernel(
     pair_of_slot,
     expert_of_block,
     limit,
+    parts,
+    arrived,
     TOP_K: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     OFFSET: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -119,14 +124,21 @@ def gate_up_fp8_kernel(
     valid = pair >= 0
     channels, half, channel = gate_up_rows(tl.program_id(0), N, BLOCK_N)
     GROUPS: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    weight_rows = w13 + expert * (2 * N * K) + (half * N + channel) * K
+    SLICE: tl.constexpr = K // SPLITS
+    first, block_of_k = tl.program_id(2) * SLICE, tl.program_id(2) * (SLICE // BLOCK)
+    weight_rows = w13 + expert * (2 * N * K) + (half * N + channel) * K + first
     weight_scales = w13_scale_rows(w13_scale, expert, half, channel, OFFSET, N, K, BLOCK)
     token = (pair // TOP_K).to(tl.int64)
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_blocks(
-        weight_rows, weight_scales, x + token * K, x_scale + token * GROUPS,
-        valid, acc, 0, K, BLOCK_K, BLOCK, STAGES,
+        weight_rows, weight_scales + block_of_k,
+        x + token * K + first, x_scale + token * GROUPS + block_of_k,
+        valid, acc, 0, SLICE, BLOCK_K, BLOCK, STAGES,
     )  # fmt: skip
+    if SPLITS > 1:
+        acc, last = sum_of_tile(acc, parts, arrived, valid, SPLITS)
+        if not last:
+            return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
 
@@ -182,7 +194,8 @@ def gate_up(
         weights: K, N and intermediate_offset multiples of 16, blocks of 128 x 128.
         routing: the batch's pairs by expert, in blocks of tile.block_rows.
         limit: the clamp of `swiglu_step`; None or 0 is none.
-        tile: block_n counts rows of w13, so half as many channels; block_k divides 128.
+        tile: block_n counts rows of w13, so half as many channels; block_k divides 128. With
+            splits, 128 divides K / splits, and `routing` has a counter for each tile.
 
     Returns:
         intermediate bf16 [T * top_k, N], rounded once; rows of pairs that are in no block are not
@@ -197,9 +210,10 @@ def gate_up(
     check_routing(routing, tile, x.q.device)
     clamp = check_limit(limit)
     intermediate = x.q.new_empty((x.q.shape[0] * routing.top_k, size), dtype=torch.bfloat16)
+    tiles = ceil_div(2 * size, tile.block_n)
     launch(
         gate_up_fp8_kernel,
-        (ceil_div(2 * size, tile.block_n), routing.max_blocks),
+        (tiles, routing.max_blocks, tile.splits),
         x.q,
         x.scale,
         weights.w13,
@@ -208,8 +222,10 @@ def gate_up(
         routing.pair_of_slot,
         routing.expert_of_block,
         clamp,
+        *split_buffers(tile, tiles, hidden_size, BLOCK, routing),
         TOP_K=routing.top_k,
         HAS_LIMIT=clamp > 0,
+        SPLITS=tile.splits,
         OFFSET=weights.intermediate_offset,
         N=size,
         K=hidden_size,

@@ -25,10 +25,12 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    split_buffers,
     tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.split_k import sum_of_tile
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.launch import launch
 
@@ -86,8 +88,11 @@ def gate_up_fp8_bf16_kernel(
     pair_of_slot,
     expert_of_block,
     limit,
+    parts,
+    arrived,
     TOP_K: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     OFFSET: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -106,13 +111,20 @@ def gate_up_fp8_bf16_kernel(
     valid = pair >= 0
     position, half, at = gate_up_rows(tl.program_id(0), N, BLOCK_N)
     channel = word_column(at)  # the rows' order is free, so the result is stored as it comes
+    SLICE: tl.constexpr = K // SPLITS
+    split = tl.program_id(2)
     weight_words = w13 + expert * (2 * N * K // 4) + (half * N + channel) * (K // 4)
     weight_scales = w13_scale_rows(w13_scale, expert, half, channel, OFFSET, N, K, BLOCK)
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
     acc = sum_over_words(
-        weight_words, weight_scales, x + (pair // TOP_K).to(tl.int64) * K, valid, acc,
-        0, K, BLOCK_K, BLOCK, STAGES,
+        weight_words + split * (SLICE // 4), weight_scales + split * (SLICE // BLOCK),
+        x + (pair // TOP_K).to(tl.int64) * K + split * SLICE, valid, acc,
+        0, SLICE, BLOCK_K, BLOCK, STAGES,
     )  # fmt: skip
+    if SPLITS > 1:
+        acc, last = sum_of_tile(acc, parts, arrived, valid, SPLITS)
+        if not last:
+            return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     store_activated(gate, up, limit, intermediate, pair, position, N, HAS_LIMIT)
 
@@ -168,7 +180,7 @@ def gate_up(
         routing: the batch's pairs by expert, in blocks of tile.block_rows.
         limit: the clamp of `swiglu_step`; None or 0 is none.
         tile: block_n counts rows of w13, so half as many channels; at least 32. block_k divides
-            128.
+            128. With splits, 128 divides K / splits, and `routing` has a counter for each tile.
 
     Returns:
         intermediate bf16 [T * top_k, N], rounded once, each 16 of its columns in `word_column`
@@ -183,9 +195,10 @@ def gate_up(
     check_routing(routing, tile, x.device)
     clamp = check_limit(limit)
     intermediate = x.new_empty((x.shape[0] * routing.top_k, size))
+    tiles = ceil_div(2 * size, tile.block_n)
     launch(
         gate_up_fp8_bf16_kernel,
-        (ceil_div(2 * size, tile.block_n), routing.max_blocks),
+        (tiles, routing.max_blocks, tile.splits),
         x,
         weights.w13.view(torch.int32),
         weights.w13_scale,
@@ -193,8 +206,10 @@ def gate_up(
         routing.pair_of_slot,
         routing.expert_of_block,
         clamp,
+        *split_buffers(tile, tiles, hidden_size, BLOCK, routing),
         TOP_K=routing.top_k,
         HAS_LIMIT=clamp > 0,
+        SPLITS=tile.splits,
         OFFSET=weights.intermediate_offset,
         N=size,
         K=hidden_size,

@@ -24,10 +24,12 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    split_buffers,
     tile_options,
 )
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import split_gate_up
+from step37_kernels.experts.split_k import sum_of_tile
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.nvfp4_tiles import (
     SLAB,
@@ -124,22 +126,26 @@ def _product(
     words,
     codes,
     tile_index,
+    split,
     K: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """fp32 [BLOCK_N, BLOCK_ROWS]: a tile of an expert's matrix times rows of x [.., K].
 
-    words and codes point at the expert's. In units of element times block scale.
+    words and codes point at the expert's. Over part `split` of K's SPLITS. In units of element
+    times block scale.
     """
+    SLICE: tl.constexpr = K // SPLITS
     n = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     word, code, k = tl.arange(0, BLOCK_K // 8), tl.arange(0, BLOCK_K // 16), tl.arange(0, BLOCK_K)
-    words += slab_offsets(n[:, None], word[None, :], K, 8)
-    codes += slab_offsets(n[:, None], code[None, :], K, 4)
-    x += row.to(tl.int64)[:, None] * K + k[None, :]
+    words += slab_offsets(n[:, None], word[None, :], K, 8) + split * (64 * SLICE // 8)
+    codes += slab_offsets(n[:, None], code[None, :], K, 4) + split * (64 * SLICE // 16)
+    x += row.to(tl.int64)[:, None] * K + split * SLICE + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-    for _ in range(0, K // BLOCK_K):
+    for _ in range(0, SLICE // BLOCK_K):
         weights = expand(tl.load(words), tl.load(codes), BLOCK_N, BLOCK_K)
         tokens = tl.load(x, mask=valid[:, None], other=0.0)
         acc = tl.dot(weights, tl.trans(tokens), acc)
@@ -215,11 +221,14 @@ def nvfp4_gate_up_kernel(
     pair_of_slot,
     expert_of_block,
     limit,
+    parts,
+    arrived,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,8 +243,12 @@ def nvfp4_gate_up_kernel(
     acc = _product(
         x, pair // TOP_K, valid,
         w13 + expert * (2 * CHANNELS * K // 8), w13_scale + expert * (2 * CHANNELS * K // 16),
-        tile_index, K, BLOCK_ROWS, BLOCK_N, BLOCK_K,
+        tile_index, tl.program_id(2), K, SPLITS, BLOCK_ROWS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    if SPLITS > 1:
+        acc, last = sum_of_tile(acc, parts, arrived, valid, SPLITS)
+        if not last:
+            return
     finish_gate_up(
         acc, w13_global_scale + expert * 2, intermediate, pair, tile_index, limit,
         CHANNELS, PADDED, HAS_LIMIT, False, BLOCK_ROWS, BLOCK_N,
@@ -268,7 +281,7 @@ def nvfp4_down_kernel(
     acc = _product(
         intermediate, pair, valid,
         w2 + expert * (K * PADDED // 8), w2_scale + expert * (K * PADDED // 16),
-        tile_index, PADDED, BLOCK_ROWS, BLOCK_N, BLOCK_K,
+        tile_index, 0, PADDED, 1, BLOCK_ROWS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     finish_down(
         acc, tl.load(w2_global_scale + expert), topk_weights, partial, pair, tile_index,
@@ -286,7 +299,8 @@ def gate_up(
         weights: this rank's experts.
         routing: the pairs sorted by expert.
         limit: the clamp of `swiglu_step`; None or 0 is no clamp.
-        tile: block_k divides K, block_n / 2 the channels (N rounded up to 32).
+        tile: block_k divides K / splits, block_n / 2 the channels (N rounded up to 32). With
+            splits, `routing` has a counter for each tile.
 
     Returns:
         bf16 [T * top_k, N rounded up to 64] in the column order that `down` takes. Rows of pairs
@@ -302,9 +316,10 @@ def gate_up(
     limit = check_limit(limit)
     check_tile(tile, weights.w13_rows, hidden)
     intermediate = x.new_empty((x.shape[0] * routing.top_k, weights.intermediate_padded))
+    tiles = weights.w13_rows // tile.block_n
     launch(
         nvfp4_gate_up_kernel,
-        (weights.w13_rows // tile.block_n, routing.max_blocks),
+        (tiles, routing.max_blocks, tile.splits),
         x,
         weights.w13,
         weights.w13_scale,
@@ -313,11 +328,13 @@ def gate_up(
         routing.pair_of_slot,
         routing.expert_of_block,
         limit,
+        *split_buffers(tile, tiles, hidden, tile.block_k, routing),
         CHANNELS=w13_channels(weights.intermediate_size),
         PADDED=weights.intermediate_padded,
         K=hidden,
         TOP_K=routing.top_k,
         HAS_LIMIT=bool(limit),
+        SPLITS=tile.splits,
         **tile_options(tile),
     )
     return intermediate

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.checks import require
+from step37_kernels.checks import ceil_div, require
 from step37_kernels.expert_weights import NVFP4Experts
 from step37_kernels.experts.epilogue import store_activated
 from step37_kernels.experts.gemm_arguments import (
@@ -23,11 +23,13 @@ from step37_kernels.experts.gemm_arguments import (
     check_down_rows,
     check_limit,
     check_routing,
+    split_buffers,
     tile_options,
 )
 from step37_kernels.experts.grouped_nvfp4 import finish_down
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.rows import gate_up_rows, split_gate_up
+from step37_kernels.experts.split_k import sum_of_tile
 from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.nvfp4 import GROUP_SIZE, NVFP4Tensor
 from step37_kernels.launch import launch
@@ -80,30 +82,35 @@ def _product(
     x_scale,
     row,
     valid,
+    split,
     K: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """fp32 [BLOCK_N, BLOCK_ROWS]: rows of an expert's matrix [.., K] times rows of x [.., K].
 
-    weights and weight_scale point at the expert's. Without the global scales.
+    weights and weight_scale point at the expert's. Over part `split` of K's SPLITS. Without the
+    global scales.
     """
+    SLICE: tl.constexpr = K // SPLITS
     byte, group = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 16)
     row = row.to(tl.int64)
-    weights += weight_row[:, None] * (K // 2) + byte[None, :]
-    weight_scale += weight_row[:, None] * (K // 16) + group[None, :]
-    x += row[:, None] * (K // 2) + byte[None, :]
-    x_scale += row[:, None] * (K // 16) + group[None, :]
+    byte_of_row, group_of_row = split * (SLICE // 2) + byte, split * (SLICE // 16) + group
+    weights += weight_row[:, None] * (K // 2) + byte_of_row[None, :]
+    weight_scale += weight_row[:, None] * (K // 16) + group_of_row[None, :]
+    x += row[:, None] * (K // 2) + byte_of_row[None, :]
+    x_scale += row[:, None] * (K // 16) + group_of_row[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_ROWS), tl.float32)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
-        if K % BLOCK_K == 0:
+    for step in range(0, tl.cdiv(SLICE, BLOCK_K)):
+        if SLICE % BLOCK_K == 0:
             a, b = tl.load(weights), tl.load(x, mask=valid[:, None], other=0)
             a_scale = tl.load(weight_scale)
             b_scale = tl.load(x_scale, mask=valid[:, None], other=0.0)
         else:
-            bytes_left = (byte < K // 2 - step * (BLOCK_K // 2))[None, :]
-            groups_left = (group < K // 16 - step * (BLOCK_K // 16))[None, :]
+            bytes_left = (byte < SLICE // 2 - step * (BLOCK_K // 2))[None, :]
+            groups_left = (group < SLICE // 16 - step * (BLOCK_K // 16))[None, :]
             a = tl.load(weights, mask=bytes_left, other=0)
             b = tl.load(x, mask=valid[:, None] & bytes_left, other=0)
             a_scale = tl.load(weight_scale, mask=groups_left, other=0.0)
@@ -128,10 +135,13 @@ def nvfp4_nvfp4_gate_up_kernel(
     pair_of_slot,
     expert_of_block,
     limit,
+    parts,
+    arrived,
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,8 +156,13 @@ def nvfp4_nvfp4_gate_up_kernel(
     channels, half, channel = gate_up_rows(tile_index, N, BLOCK_N)
     acc = _product(
         w13 + expert * (N * K), w13_scale + expert * (2 * N * K // 16), half * N + channel,
-        x, x_scale, pair // TOP_K, valid, K, BLOCK_ROWS, BLOCK_N, BLOCK_K,
+        x, x_scale, pair // TOP_K, valid, tl.program_id(2),
+        K, SPLITS, BLOCK_ROWS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    if SPLITS > 1:
+        acc, last = sum_of_tile(acc, parts, arrived, valid, SPLITS)
+        if not last:
+            return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     x_unit = tl.load(x_global_scale)
     gate *= x_unit * tl.load(w13_global_scale + expert * 2)
@@ -182,7 +197,8 @@ def nvfp4_nvfp4_down_kernel(
     channel = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _product(
         w2 + expert * (K * N // 2), w2_scale + expert * (K * N // 16), channel,
-        intermediate, intermediate_scale, pair, pair >= 0, N, BLOCK_ROWS, BLOCK_N, BLOCK_K,
+        intermediate, intermediate_scale, pair, pair >= 0, 0,
+        N, 1, BLOCK_ROWS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     unit = tl.load(intermediate_global_scale) * tl.load(w2_global_scale + expert)
     finish_down(acc, unit, topk_weights, partial, pair, tile_index, K, BLOCK_N)
@@ -198,7 +214,8 @@ def gate_up(
         weights: this rank's experts, contiguous.
         routing: the pairs sorted by expert.
         limit: the clamp of `swiglu_step`; None or 0 is no clamp.
-        tile: block_k a multiple of 64.
+        tile: block_k a multiple of 64. With splits, block_k divides K / splits, and `routing` has a
+            counter for each tile.
 
     Returns:
         bf16 [T * top_k, N]; rows of pairs that no expert of this rank has stay unwritten.
@@ -214,9 +231,10 @@ def gate_up(
     limit = check_limit(limit)
     pairs = x.packed.shape[0] * routing.top_k
     intermediate = x.packed.new_empty((pairs, size), dtype=torch.bfloat16)
+    tiles = ceil_div(2 * size, tile.block_n)
     launch(
         nvfp4_nvfp4_gate_up_kernel,
-        (triton.cdiv(2 * size, tile.block_n), routing.max_blocks),
+        (tiles, routing.max_blocks, tile.splits),
         x.packed,
         x.block_scale,
         x.global_scale,
@@ -227,10 +245,12 @@ def gate_up(
         routing.pair_of_slot,
         routing.expert_of_block,
         limit,
+        *split_buffers(tile, tiles, hidden, tile.block_k, routing),
         N=size,
         K=hidden,
         TOP_K=routing.top_k,
         HAS_LIMIT=bool(limit),
+        SPLITS=tile.splits,
         **tile_options(tile),
     )
     return intermediate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from step37_kernels.arch import arch_of
-from step37_kernels.checks import require
+from step37_kernels.checks import ceil_div, require
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
 from step37_kernels.experts import (
     grouped_bf16,
@@ -25,6 +25,7 @@ from step37_kernels.experts import (
 )
 from step37_kernels.experts.activations import Form, quantize
 from step37_kernels.experts.combine import combine
+from step37_kernels.experts.formats import least_arch
 from step37_kernels.experts.fp8_blocks import refuse_nan
 from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.sort import sort, sort_and_prepare
@@ -44,10 +45,7 @@ class _Batch:
     limit: float | None
     first_expert: int
     input_scales: tuple[Tensor, Tensor] | None
-
-    @property
-    def pairs(self) -> int:
-        return self.topk_ids.numel()
+    total_experts: int | None
 
 
 def prepare(weights: ExpertWeights, activations: str = "same") -> PreparedExperts:
@@ -99,8 +97,8 @@ def experts(
             channels, NVFP4 weights being rounded to e4m3 too; "nvfp4" in e2m1 with a scale per
             token and 16 channels (sm_100 up).
         shared: fp32 or bf16 [S, T, K], contiguous: the shared expert's parts, added to the sum.
-        total_experts: experts of the layer on all ranks, None if they are all here; looked at only
-            with STEP37_DEBUG=1, which checks the ids.
+        total_experts: experts of the layer on all ranks, None if they are all here. Tiles are
+            chosen for the pairs that fall to this rank on average.
         input_scales: fp32 scalars, the global scales of hidden and of the intermediate; for
             activations "nvfp4".
 
@@ -126,10 +124,22 @@ def experts(
         raise ValueError(
             f"activations is {activations!r} with {weights.format} weights, expected {known}"
         )
+    _check_arch(hidden, weights, activations)
     if os.environ.get(DEBUG_VARIABLE) == "1":
         _check_ids(topk_ids, total_experts or first_expert + weights.num_experts)
-    parts = run(_Batch(hidden, topk_weights, topk_ids, limit, first_expert, input_scales), weights)
+    batch = _Batch(hidden, topk_weights, topk_ids, limit, first_expert, input_scales, total_experts)
+    parts = run(batch, weights)
     return combine(parts, topk_ids, weights.num_experts, first_expert, shared)
+
+
+def _check_arch(hidden: Tensor, weights: PreparedExperts, activations: str) -> None:
+    """Refuse a GPU that has no instruction for these products; the interpreter has all."""
+    least = least_arch(weights.format, activations)
+    if hidden.is_cuda and arch_of(hidden) < least:
+        raise ValueError(
+            f"activations is {activations!r} with {weights.format} weights on "
+            f"sm_{arch_of(hidden)}, expected sm_{least} or later"
+        )
 
 
 def _check_ids(topk_ids: Tensor, total_experts: int) -> None:
@@ -147,12 +157,17 @@ def _tiles(choose: Callable[..., tuple[tiles.GemmTile, tiles.GemmTile]], batch: 
            weights: PreparedExperts) -> tuple[tiles.GemmTile, tiles.GemmTile]:  # fmt: skip
     """The tiles of the gate-up and of the down GEMM."""
     size, hidden = weights.intermediate_size, weights.hidden_size
-    return choose(batch.pairs, weights.num_experts, size, hidden, arch_of(batch.hidden))
+    here = weights.num_experts
+    pairs = ceil_div(batch.topk_ids.numel() * here, batch.total_experts or here)
+    return choose(pairs, here, size, hidden, arch_of(batch.hidden))
 
 
 def _run_bf16(batch: _Batch, weights: BF16Experts) -> Tensor:
     up, down = _tiles(tiles.bf16, batch, weights)
-    routing = sort(batch.topk_ids, weights.num_experts, batch.first_expert, up.block_rows)
+    routing = sort(
+        batch.topk_ids, weights.num_experts, batch.first_expert, up.block_rows,
+        _counters(weights, up),
+    )  # fmt: skip
     intermediate = grouped_bf16.gate_up(batch.hidden, weights, routing, batch.limit, up)
     return grouped_bf16.down(intermediate, weights, routing, batch.topk_weights, down)
 
@@ -191,8 +206,16 @@ def _sorted(
 ) -> tuple[Routing, Any]:
     return sort_and_prepare(
         batch.hidden, form, batch.topk_ids, weights.num_experts, batch.first_expert, up.block_rows,
-        None if batch.input_scales is None else batch.input_scales[0],
+        _counters(weights, up), None if batch.input_scales is None else batch.input_scales[0],
     )  # fmt: skip
+
+
+def _counters(weights: PreparedExperts, up: tiles.GemmTile) -> int:
+    """One for each tile of an expert's w13 where K is split."""
+    if up.splits == 1:
+        return 0
+    rows = weights.w13_rows if isinstance(weights, NVFP4Tiles) else 2 * weights.intermediate_size
+    return ceil_div(rows, up.block_n)
 
 
 _Run = Callable[[_Batch, Any], Tensor]  # takes the weights that its key names

@@ -19,12 +19,15 @@ class Routing:
         expert_of_block: int32 [max_blocks]; local expert, -1 where there is no block.
         block_rows: slots of a block, BLOCK_M of the GEMMs.
         top_k: choices per token.
+        arrived: int32 [max_blocks, tiles], zeros: where a gate-up that splits K counts the parts of
+            each tile that are done (`split_k`), and leaves zeros. None where it does not.
     """
 
     pair_of_slot: Tensor
     expert_of_block: Tensor
     block_rows: int
     top_k: int
+    arrived: Tensor | None = None
 
     @property
     def max_blocks(self) -> int:

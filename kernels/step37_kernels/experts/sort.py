@@ -49,12 +49,14 @@ def _sort_expert(
     pairs,
     first_expert,
     max_blocks,
+    arrived,
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
-    """Write the blocks and slots of local expert e; the last expert also ends the block list."""
+    """Write blocks, slots and counters of local expert e; the last one also ends the block list."""
     bin = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, pairs, CHUNK):
@@ -69,6 +71,9 @@ def _sort_expert(
     for start in range(0, num_blocks, CHUNK):
         at = start + lane
         tl.store(expert_of_block + first_block + at, e + at * 0, mask=at < num_blocks)
+    for start in range(0, num_blocks * COUNTERS, CHUNK):
+        at = start + lane
+        tl.store(arrived + first_block * COUNTERS + at, at * 0, mask=at < num_blocks * COUNTERS)
     padding = tl.arange(0, BLOCK_ROWS) + count
     tl.store(pair_of_slot + first_slot + padding, -1, mask=padding < num_blocks * BLOCK_ROWS)
     if e == E - 1:
@@ -92,15 +97,17 @@ def sort_kernel(
     pairs,
     first_expert,
     max_blocks,
+    arrived,
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Sort only: bf16 GEMMs read the hidden states as they are."""
     _sort_expert(
         ids, pair_of_slot, expert_of_block, tl.program_id(0), pairs, first_expert, max_blocks,
-        E, BINS, CHUNK, BLOCK_ROWS,
+        arrived, E, BINS, CHUNK, BLOCK_ROWS, COUNTERS,
     )  # fmt: skip
 
 
@@ -112,6 +119,7 @@ def sort_and_prepare_kernel(
     pairs,
     first_expert,
     max_blocks,
+    arrived,
     hidden,
     out,
     scale,
@@ -120,6 +128,7 @@ def sort_and_prepare_kernel(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     K: tl.constexpr,
     OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
@@ -130,14 +139,14 @@ def sort_and_prepare_kernel(
     if program < E:
         _sort_expert(
             ids, pair_of_slot, expert_of_block, program, pairs, first_expert, max_blocks,
-            E, BINS, CHUNK, BLOCK_ROWS,
+            arrived, E, BINS, CHUNK, BLOCK_ROWS, COUNTERS,
         )  # fmt: skip
     else:
         row = (program - E).to(tl.int64)
         prepare_row(hidden, out, scale, global_scale, row, K, OFFSET, PADDED, FORM)
 
 
-def _new_routing(topk_ids: Tensor, num_experts: int, block_rows: int) -> Routing:
+def _new_routing(topk_ids: Tensor, num_experts: int, block_rows: int, counters: int) -> Routing:
     blocks = most_blocks(topk_ids.numel(), num_experts, block_rows)
     new = topk_ids.new_empty
     return Routing(
@@ -145,6 +154,7 @@ def _new_routing(topk_ids: Tensor, num_experts: int, block_rows: int) -> Routing
         new((blocks,), dtype=torch.int32),
         block_rows,
         topk_ids.shape[1],
+        new((blocks, counters), dtype=torch.int32) if counters else None,
     )
 
 
@@ -152,18 +162,23 @@ def _check_ids(topk_ids: Tensor) -> None:
     require("topk_ids", topk_ids, (None, None), (torch.int32, torch.int64), contiguous=True)
 
 
-def _sort_options(topk_ids: Tensor, num_experts: int, block_rows: int) -> dict[str, int]:
+def _sort_options(
+    topk_ids: Tensor, num_experts: int, block_rows: int, counters: int
+) -> dict[str, int]:
     pairs = max(topk_ids.numel(), 1)
     return {
         "E": num_experts,
         "BINS": triton.next_power_of_2(num_experts + 1),  # one bin for pairs of other ranks
         "CHUNK": min(CHUNK, max(16, triton.next_power_of_2(pairs))),
         "BLOCK_ROWS": block_rows,
+        "COUNTERS": counters,
         "num_warps": 4,
     }
 
 
-def sort(topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int) -> Routing:
+def sort(
+    topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int, counters: int = 0
+) -> Routing:
     """Sort pairs by local expert.
 
     Args:
@@ -171,12 +186,13 @@ def sort(topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int)
             num_experts - 1 are not this rank's and take part in nothing.
         num_experts, first_expert: the experts of this rank.
         block_rows: rows of a block of the GEMMs, a power of two.
+        counters: zeros that each block gets, for a gate-up that splits K: one per tile.
 
     Raises:
         ValueError: topk_ids has another shape, dtype or layout.
     """
     _check_ids(topk_ids)
-    routing = _new_routing(topk_ids, num_experts, block_rows)
+    routing = _new_routing(topk_ids, num_experts, block_rows, counters)
     launch(
         sort_kernel,
         (num_experts if topk_ids.numel() else 0,),
@@ -186,7 +202,8 @@ def sort(topk_ids: Tensor, num_experts: int, first_expert: int, block_rows: int)
         topk_ids.numel(),
         first_expert,
         routing.max_blocks,
-        **_sort_options(topk_ids, num_experts, block_rows),
+        routing.expert_of_block if routing.arrived is None else routing.arrived,
+        **_sort_options(topk_ids, num_experts, block_rows, counters),
     )
     return routing
 
@@ -198,13 +215,14 @@ def sort_and_prepare(
     num_experts: int,
     first_expert: int,
     block_rows: int,
+    counters: int = 0,
     global_scale: Tensor | None = None,
 ) -> tuple[Routing, Tensor | FP8Rows | NVFP4Tensor]:
     """`sort`, and hidden [T, K] bf16 in another form, in the same launch.
 
     Args:
         form: what the GEMM takes, see `Form`.
-        topk_ids, num_experts, first_expert, block_rows: as of `sort`.
+        topk_ids, num_experts, first_expert, block_rows, counters: as of `sort`.
         global_scale: of NVFP4, an fp32 scalar.
 
     Raises:
@@ -216,7 +234,7 @@ def sort_and_prepare(
     tokens, size = hidden.shape
     options = prepared_options(size, 0, form)
     rows, out, scale = new_rows(tokens, size, hidden, form, 0, global_scale)
-    routing = _new_routing(topk_ids, num_experts, block_rows)
+    routing = _new_routing(topk_ids, num_experts, block_rows, counters)
     launch(
         sort_and_prepare_kernel,
         (num_experts + tokens if topk_ids.numel() else 0,),
@@ -226,11 +244,12 @@ def sort_and_prepare(
         topk_ids.numel(),
         first_expert,
         routing.max_blocks,
+        routing.expert_of_block if routing.arrived is None else routing.arrived,
         hidden,
         out,
         scale,
         scale if global_scale is None else global_scale,
-        **_sort_options(topk_ids, num_experts, block_rows),
+        **_sort_options(topk_ids, num_experts, block_rows, counters),
         **options,
     )
     return routing, rows

@@ -17,6 +17,7 @@ class GemmTile:
         block_n: rows of the weight matrix.
         block_k: columns of the weight matrix in one trip of the loop.
         num_warps, num_stages: as Triton takes them.
+        splits: into how many parts a gate-up cuts the summed dimension; down takes 1.
     """
 
     block_rows: int
@@ -24,6 +25,7 @@ class GemmTile:
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
 SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
@@ -43,13 +45,29 @@ def _rows_for(rows_per_expert: float) -> int:
     return 128
 
 
+def _split(tile: GemmTile, rows: int, columns: int, step: int, blocks: int, arch: int) -> GemmTile:
+    """The tile of a gate-up, K cut where there are fewer than two programs for each SM.
+
+    One program an SM gives each scheduler a single warp, which mostly waits: for its loads, then
+    for what it expands. At TP=4 a token has 80 tiles, at TP=8 40. The parts, written and read in
+    fp32, are 8 * splits bytes a row beside K / 2 of its weights. A part has two steps at the least,
+    of `step` columns: of a single one the compiler makes loads that wait in registers.
+    """
+    if tile.block_rows > 16:
+        return tile
+    programs = ceil_div(rows, tile.block_n) * blocks
+    fitting = [s for s in (1, 2, 4, 8) if s == 1 or columns % (2 * step * s) == 0]
+    enough = [s for s in fitting if programs * s >= 2 * SM_COUNT.get(arch, 148)]
+    return replace(tile, splits=(enough or fitting[-1:])[0])
+
+
 def nvfp4(
     pairs: int, num_experts: int, intermediate_size: int, hidden_size: int, arch: int
 ) -> tuple[GemmTile, GemmTile]:
     """Tiles of gate-up and down for NVFP4 weights and bf16 activations.
 
     Args:
-        pairs: T * top_k; as if all were this rank's.
+        pairs: T * top_k, or as many of them as this rank has on average.
         num_experts: of this rank.
         intermediate_size, hidden_size: N and K of this rank.
         arch: 90 for sm_90 and so on.
@@ -61,8 +79,9 @@ def nvfp4(
     columns = -(-intermediate_size // 64) * 64
     up_rows = 2 * (-(-intermediate_size // 32) * 32)
     blocks = most_blocks(pairs, num_experts, block_rows)
+    up = _nvfp4_tile(block_rows, up_rows, hidden_size, blocks, arch)
     return (
-        _nvfp4_tile(block_rows, up_rows, hidden_size, blocks, arch),
+        _split(up, up_rows, hidden_size, up.block_k, blocks, arch),
         _nvfp4_tile(block_rows, hidden_size, columns, blocks, arch),
     )
 
@@ -74,12 +93,12 @@ def nvfp4_fp8(
 
     The same tiles but at 128 rows: sums over 128 columns take registers beside the accumulator, so
     a tile of 64 columns has 128 rows of weights, its scales copied synchronously, since 256 spill;
-    and tokens are half as large, so a stage more fits.
+    and tokens are half as large, so a stage more fits. It is for prefill, and does not split K.
     """
-    pair = nvfp4(pairs, num_experts, intermediate_size, hidden_size, arch)
-    if pair[0].block_rows < 128:
-        return pair
-    up, down = (replace(t, block_n=min(t.block_n, 128), num_stages=4) for t in pair)
+    up, down = nvfp4(pairs, num_experts, intermediate_size, hidden_size, arch)
+    if up.block_rows < 128:
+        return replace(up, splits=1), down
+    up, down = (replace(t, block_n=min(t.block_n, 128), num_stages=4) for t in (up, down))
     return up, down
 
 
@@ -100,7 +119,9 @@ def nvfp4_nvfp4(
         # An accumulator of 128 x 128 takes 8 warps; the tokens' part of a stage is as large then.
         return GemmTile(128, 128, block_k, num_warps=8, num_stages=3 if block_k == 256 else 5)
 
-    return tile(hidden_size), tile(intermediate_size)
+    up, blocks = tile(hidden_size), most_blocks(pairs, num_experts, block_rows)
+    up = _split(up, 2 * intermediate_size, hidden_size, up.block_k, blocks, arch)
+    return up, tile(intermediate_size)
 
 
 def warpgroup_products(arch: int) -> bool:
@@ -153,7 +174,9 @@ def bf16(
         stages = 6 if block_n * block_k < 2**13 and block_rows <= 32 else 4
         return GemmTile(block_rows, block_n, block_k, warps, stages)
 
-    return tile(2 * intermediate_size, hidden_size), tile(hidden_size, intermediate_size)
+    up = tile(2 * intermediate_size, hidden_size)
+    up = _split(up, 2 * intermediate_size, hidden_size, up.block_k, blocks, arch)
+    return up, tile(hidden_size, intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -254,10 +277,9 @@ def fp8(
             return GemmTile(64, 128, block_k, *((4, 3) if arch == 90 else (8, 4)))
         return GemmTile(128, 128, block_k, num_warps=8, num_stages=3)
 
-    return (
-        tile(2 * intermediate_size, 128, False),
-        tile(hidden_size, _down_block_k(intermediate_size), True),
-    )
+    up = tile(2 * intermediate_size, 128, False)
+    up = _split(up, 2 * intermediate_size, hidden_size, 128, blocks, arch)
+    return up, tile(hidden_size, _down_block_k(intermediate_size), True)
 
 
 def fp8_bf16(
@@ -278,7 +300,9 @@ def fp8_bf16(
             return GemmTile(block_rows, 64, 64, num_warps=4, num_stages=4)
         return GemmTile(block_rows, 128, block_k, num_warps=8, num_stages=3)
 
-    return tile(2 * intermediate_size, 128), tile(hidden_size, _down_block_k(intermediate_size))
+    up = tile(2 * intermediate_size, 128)
+    up = _split(up, 2 * intermediate_size, hidden_size, 128, blocks, arch)
+    return up, tile(hidden_size, _down_block_k(intermediate_size))
 
 
 def _dense_rows(pairs: int, num_experts: int, arch: int) -> tuple[int, int]:

@@ -26,8 +26,18 @@ def e4m3_scale(amax: Tensor) -> Tensor:
 
     Where that is zero (a group of zeros) the scale is 1, so that the group dequantises to zeros.
     """
-    scale = amax.float() / E4M3_MAX
+    # By a tensor: on CUDA torch multiplies with the reciprocal of a number, which rounds otherwise.
+    scale = amax.float() / amax.new_full((), E4M3_MAX, dtype=torch.float32)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, exactly on every device, which `torch.ldexp` is not said to be on CUDA.
+
+    Args:
+        exponent: int32, any shape, -126 to 127.
+    """
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def quantize_per_token_group(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from step37_kernels.checks import ceil_div, require, require_floating
-from step37_kernels.formats.e4m3 import e4m3_scale, to_e4m3
+from step37_kernels.formats.e4m3 import e4m3_scale, power_of_two, to_e4m3
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def quantize(weight: Tensor, block_size: tuple[int, int] = (128, 128)) -> FP8Blo
     return FP8BlockTensor(data[..., :rows, :cols].contiguous(), scale, (block_rows, block_cols))
 
 
-_LEAST_ROW_SCALE = 2.0**-117  # a subnormal code times it is still a normal bf16
+_LEAST_ROW_EXPONENT = -117  # a subnormal code times 2^-117 is still a normal bf16
 
 
 def quantize_rows(weight: Tensor) -> FP8BlockTensor:
@@ -149,8 +149,8 @@ def quantize_rows(weight: Tensor) -> FP8BlockTensor:
     if not bool(amax.isfinite().all()):
         raise ValueError("weight holds NaN or infinity, which FP8 rows cannot store")
     fraction, exponent = torch.frexp(e4m3_scale(amax))  # 0.5 <= fraction < 1
-    scale = torch.ldexp(torch.ones_like(amax), exponent - (fraction == 0.5).int())
-    scale = scale.clamp(min=_LEAST_ROW_SCALE)
+    exponent -= (fraction == 0.5).int()
+    scale = power_of_two(exponent.clamp(min=_LEAST_ROW_EXPONENT))
     return FP8BlockTensor(to_e4m3(weight.float() / scale), scale, (1, weight.shape[1]))
 
 

@@ -21,6 +21,7 @@ def experts(
     first_expert: int = 0,
     activations: Literal["same", "fp8", "nvfp4"] = "same",
     shared: Tensor | None = None,
+    total_experts: int | None = None,
     input_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sum over a token's experts of topk_weight * down(swiglu_step(gate(x), up(x))), in fp32.
@@ -42,6 +43,7 @@ def experts(
             scale per token and 16 channels.
         shared: floating point [S, T, K], partial sums of the shared expert's output, or None; they
             are added in fp32.
+        total_experts: experts of all ranks; kernels choose tiles by it, no result depends on it.
         input_scales: fp32 scalars, NVFP4's global scales of hidden and of the intermediate.
 
     Returns:
