@@ -53,8 +53,7 @@ _SHARDS = {
 }
 _EXPERTS = re.compile(r"(.*)[ ](gate.up|down), (1|64) tokens, (\S+)")
 _SHARED = re.compile(r"(?:fp8 )?shared expert, (?:1|64) tokens, (\S+)")
-# The head is BF16 in any case.
-_LINEAR = re.compile(r"fp8 linear, (?!narrow|lm_head)[^=]*(?:TP=4)?, (?:1|64) tokens")
+_LINEAR = re.compile(r"fp8 linear, [^=]*(?:TP=4)?, (?:1|64) tokens")
 _DECODE = re.compile(r"decode, .*, page \d+, TP=1")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from sglang.srt.environ import envs
+
 from step37_ext.start_checks import ATTENTION_BACKEND, FP8_CAPABILITY, chosen_attention_backends
 from step37_kernels.dispatch import ENVIRONMENT_VARIABLE
-
-GLUE_GRAPH_VARIABLE = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 
 def can_be_recorded(config: Any, capability: tuple[int, int] | None) -> bool:
@@ -56,8 +56,8 @@ def _check_asked(config: Any, recorded: bool) -> None:
                     f"{flag} asks for {asked!r} in {phase}; this start of --model-impl step37 "
                     f"allows {' or '.join(repr(name) for name in allowed)}"
                 )
-    if os.environ.get(GLUE_GRAPH_VARIABLE, "0").lower() in ("1", "true", "yes", "y"):
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
         raise ValueError(
-            f"{GLUE_GRAPH_VARIABLE} is set; --model-impl step37 makes its page tables outside of "
-            "graphs, so it has to be unset"
+            "SGLANG_ENABLE_METADATA_GLUE_GRAPH is set; --model-impl step37 makes its page tables "
+            "outside of graphs, so it has to be unset"
         )

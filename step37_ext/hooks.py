@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
@@ -12,7 +12,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from step37_ext.checkpoint.headers import read_json
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
 from step37_ext.graph_checks import graph_defaults
-from step37_ext.model.dense_weights import dense_format
+from step37_ext.model.dense_format import dense_format
 from step37_ext.quantization import (
     CheckpointFormat,
     Step37QuantConfig,
@@ -55,7 +55,8 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     cfg = resolving_view(server_args)
     if not is_ours(cfg):
-        check_others_runner(cfg)
+        if cfg.moe_runner_backend == MOE_RUNNER:
+            refuse_runner_core(cfg)
         return
     check_refused_arguments(cfg)
     dense_format()  # or a wrong one would stop the ranks while they load
@@ -89,24 +90,11 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_tensors(folder, checked)
 
 
-def check_others_runner(config: Any) -> None:
-    """The MoE runner "step37" is the expert layer of our model and no other's.
-
-    Raises:
-        ValueError: a start without `--model-impl step37` asks for it.
-    """
-    if config.moe_runner_backend == MOE_RUNNER:
-        raise ValueError(
-            f"--moe-runner-backend {MOE_RUNNER} needs --model-impl {MODEL_IMPL} "
-            f"(here {config.model_impl!r})"
-        )
-
-
-def refuse_runner_core(config: Any) -> Any:
+def refuse_runner_core(config: Any) -> NoReturn:
     """Factory of SGLang's seam for MoE runners, which our own expert layer does not pass through.
 
     Raises:
-        ValueError: always; only another model's expert layer could ask for it.
+        ValueError: always; only another model's start or expert layer asks for it.
     """
     raise ValueError(f"--moe-runner-backend {MOE_RUNNER} needs --model-impl {MODEL_IMPL}")
 

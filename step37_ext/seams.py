@@ -50,6 +50,9 @@ REGISTRATION = (
         "reads the server's arguments as resolved so far",
         call=("server_args",),
     ),
+    Seam(f"{SRT}.environ.envs", "SGLang's environment variables"),
+    Seam(f"{SRT}.environ.Envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH", "a graph that is refused"),
+    Seam(f"{SRT}.environ.EnvBool.get", "whether it is set, as SGLang reads it", call=()),
     Seam(
         f"{LAYERS}.attention.attention_registry.register_attention_backend",
         "registers the attention backend",
@@ -186,6 +189,10 @@ RUNTIME = (
     *attributes(
         f"{SRT}.model_executor.model_runner", "gives the cache to the backend", "ModelRunner"
     ),
+    Seam(
+        f"{SRT}.model_executor.model_runner.resolve_sliding_window_size",
+        "sets the runner's sliding_window_size: which sliding pages a pass can see",
+    ),
     *attributes(
         BATCH,
         "what a batch tells the attention backend",
@@ -208,6 +215,8 @@ RUNTIME = (
         "where the attention backend reads and writes",
         "get_key_buffer",
         "get_value_buffer",
+        "full_layer_nums",
+        "full_to_swa_index_mapping",
     ),
     Seam(
         f"{LAYERS}.logits_processor.LogitsProcessor.forward",
@@ -219,11 +228,6 @@ RUNTIME = (
             "logits_metadata",
             "hidden_states_before_norm=",
         ),
-    ),
-    Seam(
-        f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool.translate_loc_from_full_to_swa",
-        "slots of the sliding layers' own cache",
-        call=("kv_indices",),
     ),
 )
 
@@ -381,6 +385,7 @@ OVERRIDDEN = (
         "attention of one new token per sequence",
         takes=("q", "k", "v", "layer", "forward_batch", "save_kv_cache", "**kwargs"),
     ),
+    Seam(f"{BACKEND}.needs_cpu_seq_lens", "whether SGLang has to wait for lengths with drafts"),
     Seam(f"{BACKEND}.support_triton", "no Triton helpers on a CPU", takes=()),
     Seam(
         f"{QUANTIZATION}.QuantizationConfig.get_quant_method",

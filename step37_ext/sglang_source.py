@@ -246,7 +246,8 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
                 yield node.name, node
             case ast.Assign():
                 for part in (part for target in node.targets for part in ast.walk(target)):
-                    if isinstance(part, ast.Name):
+                    # In `owner.attribute = ...` the owner is read.
+                    if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                         yield part.id, node
             case ast.AnnAssign(target=ast.Name(id=name)):
                 yield name, node

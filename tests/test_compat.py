@@ -78,7 +78,7 @@ def overlay(root: Path, installed: Path, changed: Path) -> Path:
             "sglang/srt/mem_cache/swa_memory_pool.py",
             "class SWAKVPool(",
             "class SlidingKVPool(",
-            f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool.translate_loc_from_full_to_swa",
+            f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool.full_to_swa_index_mapping",
             "has no SWAKVPool",
             id="class renamed",
         ),

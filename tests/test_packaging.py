@@ -167,6 +167,12 @@ def test_wheel_has_every_file_of_the_packages(wheel):
     assert files - set(wheel.namelist()) == set()
 
 
+def test_wheel_names_its_license_as_spdx_does(wheel):
+    folder = next(name for name in wheel.namelist() if name.endswith("METADATA")).split("/")[0]
+    assert "License-Expression: Apache-2.0\n" in wheel.read(f"{folder}/METADATA").decode()
+    assert wheel.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
 def test_entry_points_are_there_and_load():
     found = {
         (point.dist.name, group, point.name): point.load()

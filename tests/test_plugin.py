@@ -227,7 +227,7 @@ def test_a_user_s_moe_runner_wins(resolve):
 
 def test_our_moe_runner_is_for_our_model(resolve):
     sentence = "--moe-runner-backend step37 needs --model-impl step37"
-    with pytest.raises(ValueError, match=rf"{sentence} \(here 'auto'\)"):
+    with pytest.raises(ValueError, match=sentence):
         resolve(hooks.check_start, model_impl="auto", moe_runner_backend="step37")
     with pytest.raises(ValueError, match=sentence):
         hooks.refuse_runner_core(None)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, get_args
 
 import click
 
-from step37_ext.deploy.command import IMAGE_NOTE, docker_command, serve_command
+from step37_ext.deploy.command import (
+    IMAGE_NOTE,
+    docker_command,
+    environment,
+    in_shell,
+    serve_command,
+)
 from step37_ext.deploy.hardware import GPUS
 from step37_ext.deploy.memory import Quant
 from step37_ext.deploy.plans import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, Plan, Request, make_plan
 from step37_ext.deploy.report import as_json, no_fit, print_plan
+from step37_ext.model.dense_format import DENSE_FORMATS, DENSE_VARIABLE
 from step37_kernels.attention.pages import MAX_BATCH
 
 _OPTIONS = (
@@ -39,6 +47,15 @@ _OPTIONS = (
     click.option("--reasoning", is_flag=True, help="Reasoning in a field of its own."),
     click.option("--tools", is_flag=True, help="Tool calls in a field of their own."),
     click.option("--mtp", is_flag=True, help="Speculative decoding with the MTP layers."),
+    click.option(
+        "--dense-weights",
+        type=click.Choice(DENSE_FORMATS),
+        default=DENSE_FORMATS[0],
+        show_default=True,
+        envvar=DENSE_VARIABLE,  # a server would follow it, whatever the plan says
+        show_envvar=True,
+        help="What the weights beside the routed experts are served in.",
+    ),
 )
 
 
@@ -74,14 +91,15 @@ def command_command(docker: bool, as_json_: bool, **options: Any) -> None:
     plan = _plan(options)
     serve = [serve_command(plan, rank) for rank in range(plan.request.nodes if plan.fits else 0)]
     try:
-        containers = [docker_command(one) for one in serve] if docker else []
+        containers = [docker_command(one, environment(plan)) for one in serve] if docker else []
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if as_json_:
         note = {"docker": containers, "docker_note": IMAGE_NOTE} if docker else {}
         click.echo(json.dumps(as_json(plan, serve) | note, indent=2))
     else:
-        print_plan(plan, serve + containers)
+        texts = [in_shell(one, environment(plan)) for one in serve]
+        print_plan(plan, texts + [in_shell(one) for one in containers])
         if containers:
             click.echo(f"\n{IMAGE_NOTE}")
     if not plan.fits:
@@ -107,9 +125,11 @@ def serve_command_(**options: Any) -> None:
     if not plan.fits:
         raise click.ClickException(f"does not fit. {no_fit(plan)}")
     command = serve_command(plan)
-    click.echo(" ".join(command), err=True)
+    variables = environment(plan)
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    click.echo(shlex.join(settings + command), err=True)
     try:
-        os.execvp(command[0], command)
+        os.execvpe(command[0], command, os.environ | variables)
     except FileNotFoundError:
         raise click.ClickException(
             "sglang is not on the PATH; run this in an environment or image with SGLang"

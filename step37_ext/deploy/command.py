@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import step37_ext
-from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO
+from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO, release
 from step37_ext.deploy.plans import Plan
+from step37_ext.model.dense_format import DENSE_FORMATS, DENSE_VARIABLE
 
 MODELS = {
     "bf16": "stepfun-ai/Step-3.7-Flash",
@@ -26,10 +28,12 @@ HEAD_NODE = "HEAD_NODE:20000"
 
 _WEIGHTS_AT = "/huggingface"
 _MOUNTED_AT = "/step37-ext"
-_SPECULATIVE = (
-    "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
-    "--speculative-num-draft-tokens 4 --enable-multi-layer-eagle"
-).split()
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """Environment variables that every node's server needs."""
+    dense = plan.request.dense_weights
+    return {} if dense == DENSE_FORMATS[0] else {DENSE_VARIABLE: dense}
 
 
 def serve_command(plan: Plan, node_rank: int = 0) -> list[str]:
@@ -54,7 +58,17 @@ def serve_command(plan: Plan, node_rank: int = 0) -> list[str]:
         command += ["--reasoning-parser", "step3p5"]
     if request.tools:
         command += ["--tool-call-parser", "step3p5"]
-    return command + (_SPECULATIVE if request.mtp else [])
+    return command + (_speculative() if request.mtp else [])
+
+
+def _speculative() -> list[str]:
+    """A draft of every MTP layer, and the token before them."""
+    drafts = release().text.num_mtp_layers
+    return (
+        f"--speculative-algorithm EAGLE --speculative-num-steps {drafts} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {drafts + 1} "
+        "--enable-multi-layer-eagle"
+    ).split()
 
 
 def _limits(plan: Plan) -> list[str]:
@@ -72,8 +86,12 @@ def _limits(plan: Plan) -> list[str]:
     return flags
 
 
-def docker_command(serve: list[str]) -> list[str]:
+def docker_command(serve: list[str], variables: Mapping[str, str]) -> list[str]:
     """Arguments of `docker run` that install this package in the page's image and serve.
+
+    Args:
+        serve: of `serve_command`.
+        variables: of `environment`.
 
     Raises:
         ValueError: this package is not installed from its source folder, which is mounted.
@@ -90,15 +108,17 @@ def docker_command(serve: list[str]) -> list[str]:
         *"docker run -it --gpus all --shm-size=32g --ipc=host --network=host".split(),
         *("-v", f"{weights}:{_WEIGHTS_AT}", "-e", f"HF_HOME={_WEIGHTS_AT}"),
         *("-v", f"{source}:{_MOUNTED_AT}"),
+        *(word for name, value in variables.items() for word in ("-e", f"{name}={value}")),
         *(IMAGE, "bash", "-c", inside),
     ]
 
 
-def in_shell(command: list[str]) -> str:
-    """A command as a shell reads it, an option and its value on each line."""
-    lines: list[str] = []
-    for word in map(shlex.quote, command):
-        if word.startswith("-") or not lines:
+def in_shell(command: list[str], variables: Mapping[str, str] | None = None) -> str:
+    """A command as a shell reads it, variables and each option with its value on their lines."""
+    lines = [f"{name}={shlex.quote(value)}" for name, value in (variables or {}).items()]
+    lines.append(shlex.quote(command[0]))
+    for word in map(shlex.quote, command[1:]):
+        if word.startswith("-"):
             lines.append(word)
         else:
             lines[-1] += f" {word}"

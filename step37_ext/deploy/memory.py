@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from step37_ext.deploy.hardware import IMAGE_CACHE, OUTSIDE_SGLANG, Gpu, static_fraction
 from step37_ext.model.config import SLIDING, AttentionShape, TextShape, VisionShape
+from step37_ext.model.dense_format import DenseFormat
 from step37_ext.model.tensors import TensorSpec, expected_tensors, mtp_tensors
 
 Quant = Literal["bf16", "fp8", "nvfp4"]
@@ -27,6 +29,9 @@ _WHOLE = (  # what every rank holds entirely, beside vectors
     "vision_model.vit_downsampler2.weight",
     "vision_model.positional_embedding",
 )
+
+_DENSE = re.compile(r"\.(self_attn\.[qkvo]|(mlp|share_expert)\.(gate|up|down))_proj\.")
+_SPLIT_ALONG_K = ("o_proj.weight", "down_proj.weight")  # whose ranks all have every row
 
 DEFAULT_SLIDING_RATIO = 0.8
 """SGLang's default of --swa-full-tokens-ratio: sliding layers' cache tokens per full layers'."""
@@ -62,18 +67,24 @@ def release_config() -> dict[str, Any]:
     return json.loads(text)["config"]
 
 
-def weights_per_gpu(model: Release, quant: Quant, tp_size: int, drafts: bool) -> dict[str, int]:
+def weights_per_gpu(
+    model: Release, quant: Quant, tp_size: int, drafts: bool, dense: DenseFormat = "bf16"
+) -> dict[str, int]:
     """Weights of the fullest rank by part: experts, attention, dense, embeddings, vision, drafts.
 
     Experts are cut over all ranks, by whole experts or by slices of each, which is the same number
     of bytes; KV heads are repeated where there are more ranks than heads.
 
     Args:
-        drafts: whether the MTP layers are loaded too.
+        drafts: whether the MTP layers are loaded too, in BF16 in any case.
+        dense: what the attention's, dense MLPs' and shared expert's projections are served in.
+            They are loaded in BF16 whole, and then made FP8 one after the other.
     """
     parts = dict.fromkeys(("experts", "attention", "dense", "embeddings", "vision"), 0)
     for name, spec in expected_tensors(model.text, model.vision, quant).items():
-        parts[_part(name)] += _share(name, spec, model.text, tp_size)
+        fp8 = dense == "fp8" and _DENSE.search(name) is not None
+        share = _fp8_share if fp8 else _share
+        parts[_part(name)] += share(name, spec, model.text, tp_size)
     if drafts:
         parts["drafts"] = _draft_weights(model.text_with_mtp, tp_size)
     return parts
@@ -100,6 +111,13 @@ def _share(name: str, spec: TensorSpec, text: TextShape, tp_size: int) -> int:
             // text.layers[0].attention.num_kv_heads
         )
     return -(-size // tp_size)
+
+
+def _fp8_share(name: str, spec: TensorSpec, text: TextShape, tp_size: int) -> int:
+    """A BF16 matrix [N, K] in FP8: half the bytes, and an fp32 scale for each row on the rank."""
+    codes = _share(name, spec, text, tp_size) // 2
+    rows = spec.shape[0] if name.endswith(_SPLIT_ALONG_K) else codes // spec.shape[1]
+    return codes + 4 * rows
 
 
 def _kv_heads(shape: AttentionShape, tp_size: int) -> int:

@@ -21,6 +21,7 @@ from step37_ext.deploy.memory import (
     sliding_tokens,
     weights_per_gpu,
 )
+from step37_ext.model.dense_format import DENSE_FORMATS, DenseFormat
 from step37_ext.model.parallel import Parallel, check_parallel, check_vision_heads
 
 DEFAULT_CONTEXT, DEFAULT_CONCURRENCY = 32768, 1
@@ -38,6 +39,7 @@ class Request:
         count: GPUs in each node.
         context, concurrency: tokens of a request with its answer, and requests at once; None
             leaves SGLang's limit alone and plans for the defaults.
+        dense_weights: format of the weights beside the routed experts, which releases have in BF16.
     """
 
     gpu: str
@@ -49,6 +51,7 @@ class Request:
     reasoning: bool = False
     tools: bool = False
     mtp: bool = False
+    dense_weights: DenseFormat = "bf16"
 
     @property
     def gpus(self) -> int:
@@ -97,6 +100,10 @@ def _check(request: Request) -> None:
         raise ValueError(f"--gpu {request.gpu}: allowed are {', '.join(GPUS)}")
     if request.quant not in _QUANTS:
         raise ValueError(f"--quant {request.quant}: allowed are {', '.join(_QUANTS)}")
+    if request.dense_weights not in DENSE_FORMATS:
+        raise ValueError(
+            f"--dense-weights {request.dense_weights}: allowed are {', '.join(DENSE_FORMATS)}"
+        )
     gpu, longest = GPUS[request.gpu], release().text.max_position
     if not 1 <= request.count <= gpu.per_node:
         raise ValueError(
@@ -153,7 +160,7 @@ def _first_that_fits(request: Request, gpu: Gpu, cache: CacheType) -> MemoryPlan
     """The plan with the fewest flags that fits; the last one tried if none does."""
     model, workload, tp_size = release(), request.workload, request.gpus
     window = model.text.window or 0
-    weights = weights_per_gpu(model, request.quant, tp_size, request.mtp)
+    weights = weights_per_gpu(model, request.quant, tp_size, request.mtp, request.dense_weights)
     cost = cache_cost(model.text, cache, tp_size, request.mtp)
     graph_batch = gpu.graph_batch(tp_size)
     if request.concurrency is not None:

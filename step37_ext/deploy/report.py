@@ -5,17 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from step37_ext.deploy.command import HEAD_NODE, in_shell
+from step37_ext.deploy.command import HEAD_NODE, environment
 from step37_ext.deploy.estimate import LAUNCH_US, REACHED, Estimate, estimate
 from step37_ext.deploy.hardware import GIB
 from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO, release
 from step37_ext.deploy.plans import Plan, Request
+from step37_ext.model.dense_format import DENSE_FORMATS
 
 _PARTS = {
     "experts": "routed experts",
@@ -28,8 +29,8 @@ _PARTS = {
 Row = tuple[str, int, str]
 
 
-def print_plan(plan: Plan, commands: list[list[str]]) -> None:
-    """Print memory, reasons and commands; a table with rules only on a terminal."""
+def print_plan(plan: Plan, commands: list[str]) -> None:
+    """Print memory, reasons and commands of a shell; a table with rules only on a terminal."""
     fits = "fits" if plan.fits else "does not fit"
     print(f"{_title(plan.request)}: {fits}\n")
     print_rows(list(memory_rows(plan)))
@@ -38,7 +39,7 @@ def print_plan(plan: Plan, commands: list[list[str]]) -> None:
         print(f"- {sentence}")
     print(f"\n{speed(plan) if plan.fits else no_fit(plan)}")
     for command in commands:
-        print(f"\n{in_shell(command)}")
+        print(f"\n{command}")
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -75,7 +76,7 @@ def reasons(plan: Plan) -> Iterator[str]:
     """Why the plan is as it is, one sentence each."""
     cost, settings, text = plan.memory.cost, plan.memory.settings, release().text
     full = sum(layer.attention.window is None for layer in text.layers)
-    sliding = len(text.layers) - full
+    sliding = len(text.layers) - full + plan.request.mtp * text.num_mtp_layers
     yield (
         f"KV cache ({plan.cache}): {cost.full / 1024:g} KiB a token in the {full} full layers; "
         f"{cost.sliding / 1024:g} KiB in the {sliding} sliding ones, which need the last "
@@ -90,6 +91,12 @@ def reasons(plan: Plan) -> Iterator[str]:
         )
     if plan.fits and settings.prefill_chunk != plan.gpu.prefill_chunk:
         yield "--chunked-prefill-size: smaller chunks need less memory for activations"
+    if plan.request.dense_weights == "fp8":
+        yield (
+            "--dense-weights fp8: projections of the attention, the dense MLPs and the shared "
+            "expert are loaded in BF16 and made FP8 one by one, before the KV cache is allocated; "
+            "their rounding is in docs/numerics.md"
+        )
     yield from _parallel_reasons(plan)
     if plan.request.quant == "nvfp4" and plan.gpu.family == "Hopper":
         yield (
@@ -122,11 +129,10 @@ def _parallel_reasons(plan: Plan) -> Iterator[str]:
 def speed(plan: Plan) -> str:
     """The estimate of a plan's speed, with what it rests on."""
     found, load = estimate(plan), plan.request.workload
-    low, high = found.tokens_per_s
     shares = f"{REACHED[0]:.0%} to {REACHED[1]:.0%}"
     text = (
-        f"Estimate, not measured: {low:.0f} to {high:.0f} tokens/s while decoding "
-        f"{load.concurrency} x {load.context} tokens. "
+        f"Estimate, not measured: {_tokens(found)} tokens/s while decoding "
+        f"{load.concurrency} x {load.context} tokens{_with_drafts(plan, found)}. "
         f"{plan.gpu.sheet.name}'s data sheet allows a step of {found.floor_us / 1e3:.2f} ms, of "
         f"which {shares} are assumed to be reached, and {found.launches} kernels to start in "
         f"{LAUNCH_US[1]:g} to {LAUNCH_US[0]:g} us each"
@@ -134,7 +140,24 @@ def speed(plan: Plan) -> str:
     if found.all_reduces:
         slow, fast = found.all_reduce_us
         text += f", with {found.all_reduces} all-reduces of {fast:g} to {slow:g} us each"
-    return text + (". What drafts gain is not in it" if plan.request.mtp else "")
+    return text
+
+
+def _tokens(found: Estimate, accepted: int = 0) -> str:
+    low, high = found.tokens_per_s(accepted)
+    return f"{low:.0f} to {high:.0f}"
+
+
+def _with_drafts(plan: Plan, found: Estimate) -> str:
+    """What each number of accepted drafts gives, and what there would be without any."""
+    if not found.drafts:
+        return ""
+    others = [f"{_tokens(found, n)} if {n}" for n in range(1, found.drafts + 1)]
+    plain = estimate(replace(plan, request=replace(plan.request, mtp=False)))
+    return (
+        f" if a step accepts none of its {found.drafts} drafts, {', '.join(others)}; how many are "
+        f"accepted is not known. Without --mtp it is {_tokens(plain)}"
+    )
 
 
 def no_fit(plan: Plan) -> str:
@@ -155,7 +178,10 @@ def plan_command(request: Request) -> list[str]:
     for name in ("context", "concurrency"):
         if (value := getattr(request, name)) is not None:
             command += [f"--{name}", str(value)]
-    return command + [f"--{x}" for x in ("reasoning", "tools", "mtp") if getattr(request, x)]
+    command += [f"--{x}" for x in ("reasoning", "tools", "mtp") if getattr(request, x)]
+    if request.dense_weights != DENSE_FORMATS[0]:
+        command += ["--dense-weights", request.dense_weights]
+    return command
 
 
 def _title(request: Request) -> str:
@@ -193,15 +219,19 @@ def as_json(plan: Plan, commands: list[list[str]]) -> dict[str, Any]:
         },
         "estimate_not_measured": _speed_json(estimate(plan)) if plan.fits else None,
         "reasons": list(reasons(plan)),
+        "environment": environment(plan),
         "commands": commands,
         "nearest": [plan_command(request) for request in plan.nearest],
     }
 
 
 def _speed_json(found: Estimate) -> dict[str, Any]:
-    low, high = found.tokens_per_s
     return {
-        "decode_tokens_per_s": {"low": low, "high": high},
+        "decode_tokens_per_s": [
+            {"drafts_accepted": n, "low": low, "high": high}
+            for n in range(found.drafts + 1)
+            for low, high in [found.tokens_per_s(n)]
+        ],
         "step_us": {"slow": found.step_us[0], "fast": found.step_us[1]},
         "floor_us": found.floor_us,
         "assumed_share_of_floor": {"low": REACHED[0], "high": REACHED[1]},

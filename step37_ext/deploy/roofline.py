@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from step37_ext.deploy import work
 from step37_ext.deploy.expected_experts import chances, distinct
 from step37_ext.deploy.work import Heads, Work
 from step37_ext.model.config import AttentionShape, TextShape
 from step37_ext.model.parallel import Parallel
+
+_DECODE_LAUNCHES = 2  # the parts of a long context's keys are added by a second kernel
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,80 @@ def decode_step(
     batch: int,
     context: int,
     skew: float = 0.0,
+    new: int = 1,
 ) -> Step:
-    """One new token of each of `batch` sequences of `context` tokens, that one included.
+    """The last `new` tokens of each of `batch` sequences of `context` tokens, these included.
 
     Args:
         skew: of the routing, see `expected_experts.chances`.
+        new: 1, or with drafts those and the token before them. All tokens of a step are taken to
+            choose their experts independently, neighbours of a sequence too.
     """
+    tokens = batch * new
+    attention = _attention_of_last(formats, batch, context, new)
+    return _step(text, formats, parallel, tokens, tokens, skew, attention, _DECODE_LAUNCHES)
 
-    def attention(of: Heads) -> Work:
-        return work.decode_attention(of, batch, context, formats.cache)
 
-    # The parts of a long context's keys are added by a second kernel.
-    return _step(text, formats, parallel, batch, batch, skew, attention, 2)
+def drafted_step(
+    text: TextShape,
+    with_mtp: TextShape,
+    formats: Formats,
+    parallel: Parallel,
+    batch: int,
+    context: int,
+) -> Step:
+    """One verification of a draft by every MTP layer, and those layers' passes for the next ones.
+
+    What SGLang itself does between the passes (sampling, moving tokens on) is not in it.
+
+    Args:
+        with_mtp: the text model read with its MTP layers; each proposes one token.
+        batch, context: as of `decode_step`.
+    """
+    new = text.num_mtp_layers + 1
+    verified = decode_step(text, formats, parallel, batch, context, new=new)
+    passes = [
+        _draft_pass(with_mtp, draft, formats, parallel, batch, context, new)
+        for draft in range(text.num_mtp_layers)
+    ]
+    steps = [verified, *passes]
+    return Step(
+        verified.tokens,
+        tuple(operation for step in steps for operation in step.operations),
+        sum(step.all_reduces for step in steps),
+        math.fsum(step.sent_bytes for step in steps),
+    )
+
+
+def _draft_pass(
+    with_mtp: TextShape,
+    draft: int,
+    formats: Formats,
+    parallel: Parallel,
+    batch: int,
+    context: int,
+    new: int,
+) -> Step:
+    """One MTP layer, in BF16, over all `new` tokens of each sequence, with one row of logits."""
+    hidden, tokens = with_mtp.hidden_size, batch * new
+    alone = replace(with_mtp, layers=(with_mtp.layers[with_mtp.mtp_layer(draft)],))
+    attention = _attention_of_last(formats, batch, context, new)
+    plain = replace(formats, dense="bf16")
+    block = _step(alone, plain, parallel, tokens, batch, 0.0, attention, _DECODE_LAUNCHES)
+    joining = (
+        Operation("input norm", 2, work.elementwise(tokens, hidden, hidden)),
+        Operation("join", 1, work.elementwise(tokens, 2 * hidden, 2 * hidden)),
+        Operation("eh_proj", 1, work.linear(tokens, 2 * hidden, hidden)),  # whole on every rank
+    )
+    operations = (*joining, *block.operations)
+    named = tuple(replace(one, name=f"draft {draft}: {one.name}") for one in operations)
+    return replace(block, operations=named)
+
+
+def _attention_of_last(
+    formats: Formats, batch: int, context: int, new: int
+) -> Callable[[Heads], Work]:
+    return lambda of: work.decode_attention(of, batch, context, formats.cache, new)
 
 
 def prefill(

@@ -147,12 +147,12 @@ def prologue(of: Heads, tokens: int, cache: str) -> Work:
     return Work(moved, moved, 0.0, "bf16")
 
 
-def decode_attention(of: Heads, batch: int, context: int, cache: str) -> Work:
-    """One new token of each sequence: the keys and values it sees, once for all its heads."""
-    keys = of.visible(context)
-    kv = batch * of.kv_bytes(keys, cache)
-    moved = kv + 2 * batch * of.query * of.dim * _ACTIVATION
-    return Work(kv, moved, 4 * batch * of.query * of.dim * keys, "bf16")
+def decode_attention(of: Heads, batch: int, context: int, cache: str, new: int = 1) -> Work:
+    """The last `new` tokens of each sequence: the keys and values that any of them sees, once."""
+    kv = batch * of.kv_bytes(min(context, of.visible(context) + new - 1), cache)
+    moved = kv + 2 * batch * new * of.query * of.dim * _ACTIVATION
+    pairs = sum(of.visible(max(0, context - later)) for later in range(new))
+    return Work(kv, moved, 4 * batch * of.query * of.dim * pairs, "bf16")
 
 
 def prefill_attention(of: Heads, new: int, prefix: int, cache: str) -> Work:

@@ -6,7 +6,6 @@ head gate, embedding, output head, MTP layers and vision encoder stay as they ar
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -14,23 +13,9 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from torch import nn
 
+from step37_ext.model.dense_format import DENSE_VARIABLE
 from step37_kernels.dispatch import Implementation
 from step37_kernels.formats.fp8_block import quantize_rows
-
-DENSE_VARIABLE = "STEP37_DENSE_WEIGHTS"
-FORMATS = ("bf16", "fp8")
-
-
-def dense_format() -> str:
-    """What STEP37_DENSE_WEIGHTS asks for: "bf16" if nothing, or "fp8".
-
-    Raises:
-        ValueError: it asks for something else.
-    """
-    asked = os.environ.get(DENSE_VARIABLE) or FORMATS[0]
-    if asked not in FORMATS:
-        raise ValueError(f"{DENSE_VARIABLE} is {asked!r}, expected {' or '.join(FORMATS)}")
-    return asked
 
 
 class FP8Projection(LinearMethodBase):

@@ -22,7 +22,7 @@ from torch import nn
 from step37_ext.model import forward
 from step37_ext.model.attention import Attention
 from step37_ext.model.config import TextShape
-from step37_ext.model.dense_weights import dense_format
+from step37_ext.model.dense_format import dense_format
 from step37_ext.model.feed_forward import MLP, MoE
 from step37_ext.model.load import Load, whole
 from step37_ext.model.operations import OperationTable

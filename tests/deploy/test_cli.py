@@ -41,6 +41,17 @@ def test_command_without_room_says_what_fits():
     assert "sglang serve" not in result.output
 
 
+def test_dense_weights_are_a_variable_before_the_command():
+    plain = step37(f"command {H200}").output
+    shown = step37(f"command {H200} --dense-weights fp8 --docker").output
+    assert "STEP37_DENSE_WEIGHTS" not in plain and "made FP8 one by one" not in plain
+    assert "\nSTEP37_DENSE_WEIGHTS=fp8 \\\n    sglang serve" in shown
+    assert "-e STEP37_DENSE_WEIGHTS=fp8 lmsysorg" in shown and "made FP8 one by one" in shown
+    set_already = CliRunner(env={"STEP37_DENSE_WEIGHTS": "fp8"})
+    again = set_already.invoke(main, f"command {H200} --docker".split()).output
+    assert again == shown
+
+
 def test_docker_and_its_note():
     output = step37(f"command {H200} --docker").output
     assert "lmsysorg/sglang:dev-step-3.7-flash" in output and "lmsysorg/sglang:latest" in output
@@ -60,7 +71,9 @@ def test_json():
     assert plan["commands"] == [] and plan["nearest"][0][:2] == ["step37", "command"]
 
 
-@pytest.mark.parametrize("arguments", [H200, TOO_LITTLE, "--gpu h100 --count 8 --quant fp8"])
+@pytest.mark.parametrize(
+    "arguments", [H200, TOO_LITTLE, "--gpu h100 --count 8 --quant fp8 --mtp --dense-weights fp8"]
+)
 def test_named_plans_are_what_a_user_can_type(arguments):
     plan = json.loads(step37(f"command {arguments} --json").output)
     for command in plan["nearest"]:
@@ -103,7 +116,10 @@ def test_version():
 def run(tmp_path: Path):
     """Run step37 in a process of its own with a `sglang` that writes its arguments and ends."""
     fake = tmp_path / "sglang"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\nexit 7\n')
+    fake.write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\n'
+        'echo "dense weights: $STEP37_DENSE_WEIGHTS"\nexit 7\n'
+    )
     fake.chmod(0o755)
 
     def step37_process(arguments: str, path: Path) -> tuple[subprocess.CompletedProcess, Path]:
@@ -120,11 +136,15 @@ def run(tmp_path: Path):
 
 
 def test_serve_becomes_the_printed_command(run, tmp_path):
-    printed = json.loads(step37(f"command {H200} --concurrency 2 --json").output)["commands"][0]
-    result, written = run(f"serve {H200} --concurrency 2", tmp_path)
+    options = f"{H200} --concurrency 2 --dense-weights fp8"
+    plan = json.loads(step37(f"command {options} --json").output)
+    printed = plan["commands"][0]
+    result, written = run(f"serve {options}", tmp_path)
     assert result.returncode == 7  # the fake's own
     assert ["sglang", *written.read_text().split()] == printed
-    assert " ".join(printed) in result.stderr
+    assert result.stdout == "dense weights: fp8\n"
+    assert plan["environment"] == {"STEP37_DENSE_WEIGHTS": "fp8"}
+    assert "STEP37_DENSE_WEIGHTS=fp8 " + " ".join(printed) in result.stderr
 
 
 def test_serve_does_not_start_what_does_not_fit(run, tmp_path):

@@ -115,18 +115,21 @@ def test_sglang_reserves_what_was_planned(resolved, request_):
 def test_docker_runs_the_same_command():
     plan = make_plan(replace(PAGE[0], quant="nvfp4"))
     serve = serve_command(plan)
-    docker = docker_command(serve)
+    docker = docker_command(serve, {"STEP37_DENSE_WEIGHTS": "fp8"})
     assert docker[:2] == ["docker", "run"] and "lmsysorg/sglang:dev-step-3.7-flash" in docker
     assert "--gpus all --shm-size=32g --ipc=host --network=host" in " ".join(docker)
     assert docker[-2] == "-c" and docker[-1].endswith("exec " + " ".join(serve))
+    assert "STEP37_DENSE_WEIGHTS=fp8" in [docker[i + 1] for i, w in enumerate(docker) if w == "-e"]
     mounts = [docker[i + 1] for i, word in enumerate(docker) if word == "-v"]
     source = next(m.split(":")[0] for m in mounts if m.endswith(":/step37-ext"))
     assert (Path(source) / "pyproject.toml").exists()
 
 
 def test_shell_text_is_the_command():
-    command = docker_command(serve_command(make_plan(PAGE[-1])))
+    command = docker_command(serve_command(make_plan(PAGE[-1])), {})
     read = subprocess.run(
         ["bash", "-c", "printf '%s\\0' " + in_shell(command)], capture_output=True, check=True
     )
     assert read.stdout.decode().split("\0")[:-1] == command
+    shown = in_shell(["printenv", "SOME"], {"SOME": "a value"})
+    assert subprocess.check_output(["bash", "-c", shown], text=True) == "a value\n"

@@ -6,7 +6,7 @@ import pytest
 
 from step37_ext.checkpoint.release_layout import tensor_shapes
 from step37_ext.checkpoint.spec import FULL, SLIDING, TinySpec
-from step37_ext.deploy.hardware import GPUS
+from step37_ext.deploy.hardware import GIB, GPUS
 from step37_ext.deploy.memory import (
     Settings,
     Workload,
@@ -16,6 +16,7 @@ from step37_ext.deploy.memory import (
     sliding_tokens,
     weights_per_gpu,
 )
+from step37_ext.model.dense_format import DENSE_FORMATS as FORMATS
 
 MTP_TENSORS = tuple(f"model.layers.{layer}." for layer in (45, 46, 47))
 RELEASE = TinySpec(  # the release in the words of the small model's layout, written down apart
@@ -70,6 +71,36 @@ def test_ranks_share_the_drafts_but_for_their_joining_matrix():
     one, four = (weights_per_gpu(release(), "nvfp4", tp, True)["drafts"] for tp in (1, 4))
     whole = 3 * 4096 * 8192 * 2  # eh_proj of three layers
     assert (one - whole) / 4 + whole == pytest.approx(four, rel=1e-3)  # norms are not cut either
+
+
+# Weights [N, K] of the attention, the dense MLPs and the shared experts, and layers of each.
+PROJECTIONS = (
+    (12, 10240, 4096), (33, 14336, 4096), (3, 22528, 4096), (42, 2560, 4096),  # N is split
+    (12, 4096, 8192), (33, 4096, 12288), (3, 4096, 11264), (42, 4096, 1280),  # K is split
+)  # fmt: skip
+NUMBERS = sum(layers * rows * columns for layers, rows, columns in PROJECTIONS)
+
+
+@pytest.mark.parametrize("quant, tp_size", [("bf16", 1), ("nvfp4", 4), ("nvfp4", 8)])
+def test_dense_weights_in_fp8_are_half_and_a_scale_for_each_row(quant, tp_size):
+    bf16, fp8 = (weights_per_gpu(release(), quant, tp_size, True, x) for x in ("bf16", "fp8"))
+    saved = {part: bf16[part] - fp8[part] for part in bf16 if bf16[part] != fp8[part]}
+    rows = sum(layers * rows for layers, rows, _ in PROJECTIONS[:4]) // tp_size
+    rows += sum(layers * rows for layers, rows, _ in PROJECTIONS[4:])
+    assert set(saved) == {"attention", "dense"}
+    assert sum(saved.values()) == NUMBERS // tp_size - 4 * rows
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "nvfp4"])
+def test_loading_dense_weights_as_bf16_takes_less_than_serving_reserves(quant):
+    """Before the KV cache is there: all in BF16, and beside it what the way to FP8 takes of the
+    largest projection, 9 bytes a number, or one layer of NVFP4 experts in two layouts.
+    """
+    bf16, fp8 = (sum(weights_per_gpu(release(), quant, 1, False, x).values()) for x in FORMATS)
+    experts = 288 * 3 * 1280 * 4096 * 9 // 16 + GIB // 10 if quant == "nvfp4" else 0
+    loading = bf16 + max(9 * 22528 * 4096, experts)
+    # Every plan leaves at least this free beside the weights and the cache.
+    assert loading - fp8 < 10 * GIB
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8", "nvfp4"])

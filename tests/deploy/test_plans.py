@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from step37_ext.deploy.command import MODELS, serve_command
+from step37_ext.deploy.command import MODELS, environment, serve_command
 from step37_ext.deploy.plans import Request, make_plan
+from step37_ext.deploy.report import plan_command
+from step37_ext.model.dense_format import dense_format
 
 PAGE_GPUS = ("h200", "b200", "b300", "gb200", "gb300")  # four of each
 QUANTS = ("bf16", "fp8", "nvfp4")
@@ -44,6 +46,22 @@ def test_drafts_take_memory_and_flags_in_every_format(gpu, quant):
     assert serve_command(drafting) == serve_command(plain) + flags.split()
     assert drafting.memory.pool == plain.memory.pool - drafting.memory.weights["drafts"]
     assert drafting.memory.cost.sliding * 33 == plain.memory.cost.sliding * 36
+
+
+def test_dense_weights_in_fp8_give_their_memory_to_the_cache(monkeypatch):
+    request = Request("h200", 1, "nvfp4", context=98304, mtp=True)
+    plain, fp8 = make_plan(request), make_plan(replace(request, dense_weights="fp8"))
+    assert not plain.fits and fp8.fits
+    assert plan_command(fp8.request)[-3:] == ["--mtp", "--dense-weights", "fp8"]
+    plain, fp8 = (make_plan(replace(one.request, count=4)) for one in (plain, fp8))
+    assert fp8.memory.pool - plain.memory.pool == sum(plain.memory.weights.values()) - sum(
+        fp8.memory.weights.values()
+    )
+    assert environment(plain) == {}
+    monkeypatch.delenv("STEP37_DENSE_WEIGHTS", raising=False)
+    for name, value in environment(fp8).items():
+        monkeypatch.setenv(name, value)
+    assert dense_format() == "fp8"  # what the server reads
 
 
 @pytest.mark.parametrize("gpu, count", [("h200", 1), ("h100", 2)])
@@ -134,6 +152,7 @@ def test_expert_parallelism_that_is_possible():
     [
         ({"gpu": "a100"}, "--gpu a100: allowed are h100, h200"),
         ({"quant": "int4"}, "--quant int4: allowed are bf16, fp8, nvfp4"),
+        ({"dense_weights": "nvfp4"}, "--dense-weights nvfp4: allowed are bf16, fp8"),
         ({"count": 0}, "--count 0: a node of h200 has 1 to 8 GPUs"),
         ({"gpu": "gb200", "count": 8}, "--count 8: a node of gb200 has 1 to 4 GPUs; use --nodes"),
         ({"count": 3}, "--count 3 .*--tp 3 does not divide .*; possible are 1, 2, 4, 8, 16 GPUs"),

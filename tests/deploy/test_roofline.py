@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from step37_ext.deploy.estimate import estimate
 from step37_ext.deploy.expected_experts import chances, distinct
 from step37_ext.deploy.memory import cache_cost, release, weights_per_gpu
 from step37_ext.deploy.plans import Request, make_plan
-from step37_ext.deploy.roofline import Formats, Step, decode_step, prefill
+from step37_ext.deploy.roofline import Formats, Step, decode_step, drafted_step, heads_of, prefill
+from step37_ext.deploy.work import decode_attention
 from step37_ext.model.parallel import Parallel
 
 TEXT = release().text
@@ -57,9 +59,9 @@ def test_whole_step_floors(batch, context, gpu, experts, expected_ms):
 
 def test_sums_are_those_of_the_checkpoint():
     """Every weight that a rank holds is streamed in a step that uses all experts, and no other."""
-    for tp_size in (1, 4, 8):
-        parts = weights_per_gpu(release(), "bf16", tp_size, drafts=False)
-        step = decode_step(TEXT, Formats("bf16"), Parallel(tp_size, 1), 4096, 1)
+    for tp_size, form in itertools.product((1, 4, 8), ("bf16", "fp8")):
+        parts = weights_per_gpu(release(), "bf16", tp_size, False, form)
+        step = decode_step(TEXT, Formats("bf16", dense=form), Parallel(tp_size, 1), 4096, 1)
         attention = megabytes(step, "qkv", "head gate", "o_proj") * 1e6
         assert attention == pytest.approx(parts["attention"], rel=1e-4)  # without norms
         assert megabytes(step, "routed") * 1e6 == pytest.approx(parts["experts"])
@@ -162,7 +164,12 @@ def test_an_estimate_is_the_floor_and_its_assumptions():
     assert found.launches == 42 * 16 + 3 * 11 + 3
     slow, fast = floor / 0.5 + 2 * 708 + sent + 91 * 12, floor / 0.7 + 708 + sent + 91 * 5
     assert found.step_us == pytest.approx((slow, fast))
-    assert found.tokens_per_s == pytest.approx((64e6 / slow, 64e6 / fast))
+    assert found.tokens_per_s() == pytest.approx((64e6 / slow, 64e6 / fast))
+    assert found.drafts == 0
+    dense = estimate(make_plan(replace(plan.request, dense_weights="fp8")))
+    # 5.58e9 numbers beside the experts lose a byte each, and are on four ranks.
+    assert found.floor_us - dense.floor_us == pytest.approx(5.58e9 / 4 / 4.8e6, rel=0.01)
+    assert dense.launches == found.launches
     over_network = estimate(make_plan(Request("h200", 4, "nvfp4", nodes=2)))
     assert over_network.all_reduce_us == (60.0, 25.0)
     rack = estimate(make_plan(Request("gb200", 4, "nvfp4", nodes=2)))
@@ -173,14 +180,67 @@ def test_the_command_prints_the_estimate():
     arguments = "command --gpu h200 --count 1 --quant nvfp4 --context 8192".split()
     shown = CliRunner().invoke(main, arguments).output
     found = estimate(make_plan(Request("h200", 1, "nvfp4", context=8192)))
-    low, high = found.tokens_per_s
+    low, high = found.tokens_per_s()
     assert f"Estimate, not measured: {low:.0f} to {high:.0f} tokens/s" in shown
     assert "50% to 70% are assumed to be reached, and 708 kernels to start in 1 to 2 us" in shown
     read = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
-    assert read["estimate_not_measured"]["decode_tokens_per_s"] == {"low": low, "high": high}
+    assert read["estimate_not_measured"]["decode_tokens_per_s"] == [
+        {"drafts_accepted": 0, "low": low, "high": high}
+    ]
     assert read["estimate_not_measured"]["launches"] == 708
     lacking = CliRunner().invoke(main, "command --gpu h200 --count 1 --quant bf16 --json".split())
     assert json.loads(lacking.output)["estimate_not_measured"] is None
+
+
+def test_several_new_tokens_see_what_the_last_ones_see():
+    """Four tokens at the end of 600: the last sees 512 keys, the first begins three earlier."""
+    sliding = heads_of(TEXT.layers[1].attention, 1)
+    full = heads_of(TEXT.layers[0].attention, 1)
+    row = 2 * 8 * 128  # keys and values of a token in e4m3
+    work = decode_attention(sliding, 2, 600, "fp8", 4)
+    assert work.stream_bytes == 2 * 515 * row and work.flops == 2 * 4 * 96 * 128 * 4 * 512
+    work = decode_attention(full, 2, 600, "fp8", 4)
+    assert work.stream_bytes == 2 * 600 * row
+    assert work.flops == 2 * 4 * 64 * 128 * (600 + 599 + 598 + 597)
+    assert work.bytes == work.stream_bytes + 2 * 2 * 4 * 64 * 128 * 2
+
+
+def test_a_drafted_step_verifies_four_tokens_and_runs_every_mtp_layer():
+    formats, model = Formats("nvfp4", dense="fp8"), release()
+    step = drafted_step(TEXT, model.text_with_mtp, formats, TP4, 2, 8192)
+    # Three layers with heads, all in BF16; norms are no stream of theirs.
+    drafts = weights_per_gpu(model, "nvfp4", 4, drafts=True)["drafts"] / 1e6
+    weights = ("qkv", "head gate", "o_proj", "dense gate-up", "dense down", "eh_proj", "lm_head")
+    found = megabytes(step, *(f"draft {n}: {name}" for n in range(3) for name in weights))
+    assert found == pytest.approx(drafts, rel=1e-4)
+    # Eight tokens are verified, with logits of each; drafts need one row of logits a request.
+    plain = decode_step(TEXT, formats, TP4, 8, 8192)
+    assert step.tokens == 8
+    assert megabytes(step, "routed") == megabytes(plain, "routed")
+    assert (plain.all_reduces, step.all_reduces) == (91, 91 + 3 * 3)
+    reduced = 3 * 3 * 2 * 8 * 4096 * 2 + 3 * 2 * 128896 * 2
+    assert step.sent_bytes == pytest.approx(plain.sent_bytes + 0.75 * reduced)
+    # Its norms 5, the join, eh_proj, embedding, a layer's 6 of attention and 3 of the MLP, head.
+    assert step.launches == plain.launches + 3 * 18
+
+
+def test_the_command_prints_what_each_number_of_accepted_drafts_gives():
+    arguments = "command --gpu h200 --count 4 --quant fp8 --mtp".split()
+    shown = CliRunner().invoke(main, arguments).output
+    request = Request("h200", 4, "fp8", mtp=True)
+    drafting, plain = (estimate(make_plan(replace(request, mtp=mtp))) for mtp in (True, False))
+    speeds = [drafting.tokens_per_s(accepted) for accepted in range(4)]
+    assert speeds[3] == pytest.approx([4 * speed for speed in speeds[0]])
+    assert speeds[0][1] < plain.tokens_per_s()[1] < speeds[3][1]
+    none, one, two, three = (f"{low:.0f} to {high:.0f}" for low, high in speeds)
+    assert f"{none} tokens/s while decoding 1 x 32768 tokens if a step accepts none" in shown
+    assert f"its 3 drafts, {one} if 1, {two} if 2, {three} if 3; how many are accepted" in shown
+    assert "Without --mtp it is {:.0f} to {:.0f}".format(*plain.tokens_per_s()) in shown
+    read = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    told = read["estimate_not_measured"]["decode_tokens_per_s"]
+    assert [(one["drafts_accepted"], one["low"], one["high"]) for one in told] == [
+        (accepted, *speed) for accepted, speed in enumerate(speeds)
+    ]
 
 
 def test_more_of_anything_takes_longer():

@@ -11,14 +11,15 @@ import pytest
 import torch
 from expected import check, noise
 from harness import Request, Worker
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from step37_ext.checkpoint.oracle import transformers_model
 from step37_ext.checkpoint.spec import TINY
 from step37_ext.checkpoint.weight_format import WeightFormat
+from step37_ext.model.dense_format import dense_format
 from step37_ext.model.dense_weights import (
     FP8Projection,
-    dense_format,
     loadable,
     quantize_projection,
 )
@@ -91,10 +92,24 @@ def test_only_what_is_known_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         dense_format()
 
 
-def test_a_quantised_layer_takes_no_new_weights() -> None:
-    class Projection(torch.nn.Linear):
-        quant_method: object = None
+class Projection(torch.nn.Linear):
+    quant_method: object = None
 
+
+def test_the_way_to_fp8_takes_nine_bytes_a_number_and_gives_one_back() -> None:
+    """What `step37 command` counts on: fp32 twice and the codes, beside the BF16 weight."""
+    layer = Projection(4096, 64, bias=False).bfloat16()
+    live, numbers = LiveBytes(), layer.weight.numel()
+    live.note(layer.weight)
+    before = live.now
+    operation = dispatch.choose("linear", dispatch.Target("cpu", None, "fp8"))
+    with live:
+        quantize_projection(layer, operation)
+    assert live.peak - before == pytest.approx(9 * numbers, rel=0.01)
+    assert live.now - before == pytest.approx(-numbers, rel=0.01)
+
+
+def test_a_quantised_layer_takes_no_new_weights() -> None:
     layer = Projection(32, 16, bias=False)
     assert loadable(layer) is layer.weight
     operation = dispatch.choose("linear", dispatch.Target("cpu", None, "fp8"))
