@@ -98,9 +98,11 @@ class Step37AttentionBackend(AttentionBackend):
     def _tables(self, batch: int, pages: int, tokens: int) -> Tables:
         # Zeros: what no pass fills is then a page that exists, whatever is checked of it.
         new = partial(self.req_to_token.new_zeros, dtype=torch.int32)
+        # Kernels are compiled anew for rows that are not whole multiples of 16 apart.
+        apart = 16 * max(ceil_div(pages, 16), 1)
         return Tables(
-            new((batch, pages)) if self.has_full else None,
-            new((batch, pages)) if self.two_pools else None,
+            new((batch, apart))[:, :pages] if self.has_full else None,
+            new((batch, apart))[:, :pages] if self.two_pools else None,
             new((tokens,), dtype=torch.int64) if self.two_pools else None,
             new((batch,)),
         )

@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.environ import envs
 
 from step37_ext.start_checks import ATTENTION_BACKEND, FP8_CAPABILITY, chosen_attention_backends
+from step37_kernels.checks import debugging
 from step37_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 
@@ -16,11 +17,12 @@ def can_be_recorded(config: Any, capability: tuple[int, int] | None) -> bool:
 
     The kernels can; some reference operations read numbers on the host, which no graph can. They
     run in another type than bfloat16, before sm_89 with FP8, and for the cache of a server whose
-    attention backends differ.
+    attention backends differ. STEP37_DEBUG=1 reads numbers back in every operation.
     """
     chosen = set(chosen_attention_backends(config))
     return (
         config.device == "cuda"
+        and not debugging()
         and os.environ.get(ENVIRONMENT_VARIABLE) in (None, "", "triton")
         and config.dtype in ("auto", "bfloat16")
         and (capability is None or capability >= FP8_CAPABILITY)

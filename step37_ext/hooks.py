@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.utils.common import get_device, get_device_sm
 
 from step37_ext.checkpoint.headers import read_json
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
@@ -58,19 +58,24 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
         if cfg.moe_runner_backend == MOE_RUNNER:
             refuse_runner_core(cfg)
         return
+    # SGLang fills in the device, without an index, only after this step.
+    device = (cfg.device or get_device()).split(":")[0]
+    declare_resolution(server_args, MODEL_IMPL, device=device)
     check_refused_arguments(cfg)
     dense_format()  # or a wrong one would stop the ranks while they load
     check_moe_runner(cfg)
     drafts = check_drafts(cfg)
-    capability = gpu_capability(cfg.device)
+    capability = gpu_capability(device)
     defaults: dict[str, Any] = graph_defaults(cfg, capability)
     if drafts:  # SGLang does so for the name EAGLE only
         defaults["enable_multi_layer_eagle"] = True
-    if cfg.moe_runner_backend == "auto":
+    if cfg.moe_runner_backend in ("auto", MOE_RUNNER):
         defaults["moe_runner_backend"] = MOE_RUNNER
+        # On Blackwell SGLang would tune FP4 kernels that this runner does not call.
+        defaults["disable_flashinfer_autotune"] = True
     chosen = chosen_attention_backends(cfg)
     backend = default_attention_backend(cfg)
-    if backend is not None and cfg.device != "cpu" and not chosen:
+    if backend is not None and device != "cpu" and not chosen:
         defaults["attention_backend"] = backend
     if ATTENTION_BACKEND in chosen or (backend is not None and not chosen):
         check_cache_type(cfg, capability)
@@ -100,9 +105,9 @@ def refuse_runner_core(config: Any) -> NoReturn:
 
 
 def gpu_capability(device: str) -> tuple[int, int] | None:
-    """Compute capability of the first GPU; None where there is none."""
-    has_gpu = device == "cuda" and torch.cuda.is_available()
-    return torch.cuda.get_device_capability() if has_gpu else None
+    """Compute capability of the first GPU, without a context on it; None where there is none."""
+    capability = get_device_sm() if device == "cuda" else 0
+    return divmod(capability, 10) if capability else None
 
 
 def default_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -1,9 +1,17 @@
 """Shape and dtype checks whose errors name the tensor, what it is and what it has to be."""
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+DEBUG_VARIABLE = "STEP37_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether STEP37_DEBUG=1 asks to read back and check what only the device sees."""
+    return os.environ.get(DEBUG_VARIABLE) == "1"
 
 
 def require(

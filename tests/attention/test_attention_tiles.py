@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from step37_kernels.attention.pages import MAX_BATCH
 from step37_kernels.attention.schedule import block_list, most_blocks, most_pieces
-from step37_kernels.attention.tiles import decode_tile, decode_workers
+from step37_kernels.attention.tiles import batch_block, decode_tile, decode_workers
 from step37_kernels.launch import launch
 
 CACHES = (torch.bfloat16, torch.float8_e4m3fn)
@@ -49,6 +50,12 @@ def test_the_list_holds_every_block_that_a_query_sees(device, window, queries) -
     assert ends == list(itertools.accumulate(blocks))
     assert share == -(-sum(expected) // workers)
     assert max(expected) <= most_blocks(1, longest, queries, window, block)
+
+
+def test_a_batch_has_one_of_few_sizes() -> None:
+    sizes = [batch_block(batch) for batch in range(1, MAX_BATCH + 1)]
+    assert all(size >= batch for batch, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [32, 64, 128, 256, 512]
 
 
 def test_no_lengths_need_more_blocks_than_the_most() -> None:

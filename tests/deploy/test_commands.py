@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ PAGE = [
         itertools.product((False, True), repeat=2),
     )
 ]
+ARCHITECTURES = {"Hopper": 90, "Blackwell": 100}
 DRAFTING = 48
 """SGLang's default of --max-running-requests with drafts."""
 OTHERS = [
@@ -51,15 +53,24 @@ OTHERS = [
 
 
 @pytest.fixture(scope="module")
-def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Request, dict | str]:
-    """What SGLang makes of each plan's command for a checkpoint with the release's config."""
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict | str]:
+    """What SGLang makes of each command for a checkpoint with the release's config.
+
+    Of a plan's by its request, of a bare one by its name in BARE and the architecture.
+    """
     folder = tmp_path_factory.mktemp("configs")
     for quant, quantization in QUANTIZATION_CONFIG.items():
         (folder / quant).mkdir()
         config = release_config() | ({"quantization_config": quantization} if quantization else {})
         (folder / quant / "config.json").write_text(json.dumps(config))
     made = {request: make_plan(request) for request in (*PAGE, *OTHERS)}
-    work = [(local(plan, folder), plan.gpu.memory_mib) for plan in made.values()]
+    work = [
+        (local(plan, folder), plan.gpu.memory_mib, ARCHITECTURES[plan.gpu.family])
+        for plan in made.values()
+    ]
+    start = ["--model-path", str(folder / "nvfp4"), "--model-impl", "step37", "--tp", "4"]
+    bare = [(name, arch) for name in BARE for arch in ARCHITECTURES.values()]
+    work += [([*start, *BARE[name]], 143771, arch) for name, arch in bare]
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("resolve.py"))],
         input=json.dumps(work),
@@ -68,14 +79,23 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[Request, dict | s
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    return dict(zip(made, json.loads(run.stdout.splitlines()[-1]), strict=True))
+    return dict(zip((*made, *bare), json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+BARE = {
+    "no device": [],
+    "a device with its index": ["--device", "cuda:0"],
+    "drafts": ["--speculative-algorithm", "EAGLE"],
+    "own names": ["--attention-backend", "step37", "--moe-runner-backend", "step37"],
+}
+"""Flags beside `--model-impl step37`, of users who do not copy a printed command."""
 
 
 def local(plan: Plan, folder: Path) -> list[str]:
-    """A plan's arguments of `sglang serve`, for a local folder on a machine without a GPU."""
+    """A plan's arguments of `sglang serve`, for a local folder."""
     arguments = serve_command(plan)
     assert arguments[:4] == ["sglang", "serve", "--model-path", MODELS[plan.request.quant]]
-    return ["--model-path", str(folder / plan.request.quant), *arguments[4:], "--device", "cpu"]
+    return ["--model-path", str(folder / plan.request.quant), *arguments[4:]]
 
 
 @pytest.mark.parametrize("request_", [*PAGE, *OTHERS], ids=str)
@@ -88,7 +108,12 @@ def test_sglang_reads_what_was_planned(resolved, request_):
         "ep_size": plan.parallel.ep_size,
         "nnodes": request_.nodes,
         "model_impl": "step37",
+        "device": "cuda",
         "attention_backend": "step37",
+        "moe_runner_backend": "step37",
+        "disable_flashinfer_autotune": True,
+        "decode_graphs": "full",
+        "prefill_graphs": "disabled",
         "trust_remote_code": True,
         "context_length": request_.context,
         "max_running_requests": request_.concurrency or (DRAFTING if request_.mtp else MAX_BATCH),
@@ -104,11 +129,29 @@ def test_sglang_reads_what_was_planned(resolved, request_):
     assert {name: read[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("start", BARE)
+def test_a_bare_start_gets_our_backends_and_graphs(resolved, start, arch):
+    read = resolved[start, arch]
+    assert isinstance(read, dict), read
+    expected = {
+        "device": "cuda",
+        "attention_backend": "step37",
+        "moe_runner_backend": "step37",
+        "disable_flashinfer_autotune": True,
+        "decode_graphs": "full",
+        "prefill_graphs": "disabled",
+        "max_running_requests": DRAFTING if start == "drafts" else MAX_BATCH,
+    }
+    assert {name: read[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("request_", [*PAGE, *OTHERS], ids=str)
 def test_sglang_reserves_what_was_planned(resolved, request_):
-    """The same rule, but for the part of CUDA graphs, which there are none of on a CPU."""
     plan = make_plan(request_)
-    planned = static_fraction(plan.gpu, request_.gpus, plan.memory.settings.prefill_chunk, 0)
+    settings = plan.memory.settings
+    graphs = min(plan.gpu.graph_batch(request_.gpus), request_.concurrency or MAX_BATCH)
+    planned = static_fraction(plan.gpu, request_.gpus, settings.prefill_chunk, graphs)
     assert resolved[request_]["mem_fraction_static"] == pytest.approx(planned, abs=1e-9)
 
 

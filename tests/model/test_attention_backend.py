@@ -94,6 +94,17 @@ def test_pages_of_16_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -
     check_paging(backend.full.page_table, one.seq_lens, 16, 2)
 
 
+@pytest.mark.parametrize("longest", [1, 5, 16, 33])
+def test_rows_are_whole_multiples_of_16_apart(
+    backend: Step37AttentionBackend, longest: int
+) -> None:
+    """Else kernels would be compiled anew for every other width."""
+    backend.init_forward_metadata(batch([2, 0], [longest, 1], [130, 4], decode=False))
+    assert backend.full is not None and backend.sliding is not None
+    for paging in (backend.full, backend.sliding):
+        assert paging.page_table.shape == (2, longest) and paging.page_table.stride(0) % 16 == 0
+
+
 def test_a_replay_with_fewer_requests_writes_nothing_of_theirs(
     backend: Step37AttentionBackend,
 ) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from step37_ext.model import forward
 from step37_kernels import dispatch, interpret
+from step37_kernels.checks import DEBUG_VARIABLE
 
 FORMATS = ("bf16", "fp8", "nvfp4")
 SHARED, TOKENS = 128, 10
@@ -166,7 +167,6 @@ def _rank(rank: int, address: str, queue: Any) -> None:
     torch.set_num_threads(1)
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "interpret"
     from step37_kernels import implementations  # noqa: F401  (makes the kernels known)
-    from step37_kernels.experts.layer import DEBUG_VARIABLE
 
     os.environ[DEBUG_VARIABLE] = "1"  # no rank takes another's experts for a fault
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)

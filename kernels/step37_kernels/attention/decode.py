@@ -217,7 +217,7 @@ def _attend(
         "DIM": dim,
         "QUERIES": queries,
         "WINDOW": window or 0,
-        "BATCH": triton.next_power_of_2(batch),
+        "BATCH": tiles.batch_block(batch),
         "BLOCK": tile.block,
     }
     # Bytes are loaded in pairs: 16-bit words can be transposed on their way to the registers.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from step37_kernels.arch import arch_of
 from step37_kernels.attention import pages
-from step37_kernels.attention.tiles import extend_tile, most_extend_tiles
+from step37_kernels.attention.tiles import batch_block, extend_tile, most_extend_tiles
 from step37_kernels.checks import require
 from step37_kernels.launch import launch
 
@@ -121,7 +121,7 @@ def extend(
         SLOT=k_cache.stride(0),
         PAGE_SIZE=page_size,
         WINDOW=0 if window is None else window,
-        BLOCK_BATCH=triton.next_power_of_2(num_sequences),
+        BLOCK_BATCH=batch_block(num_sequences),
         BLOCK_ROWS=tile.block_rows,
         BLOCK_KEYS=tile.block_keys,
         num_warps=tile.num_warps,

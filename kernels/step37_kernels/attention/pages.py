@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
-from step37_kernels.checks import require
+from step37_kernels.checks import debugging, require
 
 PAGE_SIZES = (1, 16, 32, 64)
 CACHE_TYPES = (torch.bfloat16, torch.float8_e4m3fn)
@@ -80,7 +79,7 @@ def debug_check(
         ValueError: a length that the page table cannot hold or a page that the cache does not
             have; the first such sequence is named.
     """
-    if os.environ.get("STEP37_DEBUG") != "1":
+    if not debugging():
         return
     longest, pages = page_table.shape[1] * page_size, num_slots // page_size
     table = page_table.cpu()

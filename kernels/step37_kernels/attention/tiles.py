@@ -57,6 +57,14 @@ def decode_tile(cache_type: torch.dtype, rows: int) -> DecodeTile:
     )
 
 
+def batch_block(batch: int) -> int:
+    """Places for the numbers of a batch, a power of two; 32 at the least.
+
+    Each is another compilation, and one warp holds 32 of them at no cost.
+    """
+    return 1 << max(batch - 1, 31).bit_length()
+
+
 def decode_workers(
     tile: DecodeTile,
     rows: int,

@@ -142,7 +142,7 @@ def specialised(launch: Launch) -> list[str]:
     """Integers that a kernel would be compiled anew for, by whether they are 1 or divide by 16.
 
     Counts change from batch to batch, and each compilation would hold a request up for seconds.
-    Strides do not, and their divisibility makes copies asynchronous.
+    Strides do not, or only by multiples of 16, and their divisibility makes copies asynchronous.
     """
     return [
         parameter.name

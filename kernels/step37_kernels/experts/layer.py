@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from step37_kernels.arch import arch_of
-from step37_kernels.checks import ceil_div, require
+from step37_kernels.checks import DEBUG_VARIABLE, ceil_div, debugging, require
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
 from step37_kernels.experts import (
     grouped_bf16,
@@ -31,7 +30,6 @@ from step37_kernels.experts.routing import Routing
 from step37_kernels.experts.sort import sort, sort_and_prepare
 from step37_kernels.formats.nvfp4_tiles import NVFP4Tiles
 
-DEBUG_VARIABLE = "STEP37_DEBUG"
 PreparedExperts = BF16Experts | FP8Experts | NVFP4Tiles | NVFP4Experts
 
 
@@ -125,7 +123,7 @@ def experts(
             f"activations is {activations!r} with {weights.format} weights, expected {known}"
         )
     _check_arch(hidden, weights, activations)
-    if os.environ.get(DEBUG_VARIABLE) == "1":
+    if debugging():
         _check_ids(topk_ids, total_experts or first_expert + weights.num_experts)
     batch = _Batch(hidden, topk_weights, topk_ids, limit, first_expert, input_scales, total_experts)
     parts = run(batch, weights)
