@@ -103,6 +103,7 @@ ARGUMENTS = tuple(
         ),
         "exec_.ExecOverlap": ("enable_two_batch_overlap",),
         "disagg.Disagg": ("enable_pdmux",),
+        "memory.Memory": ("enable_unified_memory",),
         "lora.Lora": ("enable_lora",),
         "model.Model": (
             "model_path",

@@ -65,6 +65,8 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("enable_lora", "--enable-lora", (False, None)),
     ("enable_eplb", "--enable-eplb", (False, None)),
     ("enable_layernorm_sp", "--enable-layernorm-sp", (False, None)),
+    # Our page tables need the table from full to sliding slots, which its pools do without.
+    ("enable_unified_memory", "--enable-unified-memory", (False, None)),
     # Two streams would count at the same places while they add up what FP8 layers split.
     ("enable_pdmux", "--enable-pdmux", (False, None)),
 )

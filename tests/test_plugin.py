@@ -144,7 +144,9 @@ def resolve(monkeypatch):
 def test_defaults_of_a_start(resolve):
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
     ours = {
+        "device": "cpu",
         "disable_cuda_graph": True,
+        "disable_flashinfer_autotune": True,
         "max_running_requests": 512,
         "moe_runner_backend": "step37",
     }
@@ -159,6 +161,8 @@ def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch)
     monkeypatch.delenv("STEP37_IMPL", raising=False)
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
     kernels = {
+        "device": "cuda",
+        "disable_flashinfer_autotune": True,
         "disable_prefill_cuda_graph": True,
         "attention_backend": "step37",
         "max_running_requests": 512,
@@ -172,6 +176,10 @@ def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch)
     assert resolve(hooks.check_start, device="cuda")["disable_cuda_graph"]
     with pytest.raises(ValueError, match="fp8_e4m3 needs sm_89 or later, this is sm_80"):
         resolve(hooks.check_start, device="cuda", kv_cache_dtype="fp8_e4m3")
+    monkeypatch.setattr(hooks, "gpu_capability", lambda device: (9, 0))
+    assert "disable_cuda_graph" not in resolve(hooks.check_start, device="cuda")
+    monkeypatch.setenv("STEP37_DEBUG", "1")  # reads numbers on the host, which no graph can
+    assert resolve(hooks.check_start, device="cuda")["disable_cuda_graph"]
 
 
 def test_a_format_that_dense_weights_do_not_have_stops_the_start(resolve, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from step37_kernels.formats.e4m3 import (
     E4M3_MAX,
     dequantize_per_token_group,
+    power_of_two,
     quantize_per_token_group,
     to_e4m3,
 )
@@ -19,6 +20,12 @@ FINITE = np.sort(VALUES[np.isfinite(VALUES)])
 
 def codes(x: torch.Tensor) -> np.ndarray:
     return to_e4m3(x).view(torch.uint8).numpy()
+
+
+def test_powers_of_two_are_exact():
+    exponent = torch.arange(-126, 128, dtype=torch.int32)
+    expected = np.ldexp(np.float32(1), exponent.numpy())
+    np.testing.assert_array_equal(power_of_two(exponent).numpy(), expected)
 
 
 def test_every_code_survives():
