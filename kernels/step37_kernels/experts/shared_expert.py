@@ -43,7 +43,6 @@ def shared_gate_up_kernel(
     out,
     tokens,
     limit,
-    HAS_LIMIT: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -69,7 +68,7 @@ def shared_gate_up_kernel(
     stored = valid[None, :] & (channels < N)[:, None]
     target = token.to(tl.int64)[None, :] * N + channels[:, None]
     if PARTS == 1:
-        activated = swiglu_step(gate, up, limit, HAS_LIMIT)
+        activated = swiglu_step(gate, up, limit)
         tl.store(out + target, activated.to(tl.bfloat16), mask=stored)
     else:
         first = out + part * 2 * tokens.to(tl.int64) * N
@@ -78,8 +77,7 @@ def shared_gate_up_kernel(
 
 
 @triton.jit
-def _activated(sums, at, inside, tokens, limit, HAS_LIMIT: tl.constexpr, N: tl.constexpr,
-               PARTS: tl.constexpr):  # fmt: skip
+def _activated(sums, at, inside, tokens, limit, N: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """swiglu_step of gate and up at offsets `at` of [T, N], their parts added first to last."""
     half = tokens.to(tl.int64) * N
     gate = tl.load(sums + at, mask=inside, other=0.0)
@@ -87,7 +85,7 @@ def _activated(sums, at, inside, tokens, limit, HAS_LIMIT: tl.constexpr, N: tl.c
     for part in tl.static_range(1, PARTS):
         gate += tl.load(sums + 2 * part * half + at, mask=inside, other=0.0)
         up += tl.load(sums + (2 * part + 1) * half + at, mask=inside, other=0.0)
-    return swiglu_step(gate, up, limit, HAS_LIMIT)
+    return swiglu_step(gate, up, limit)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -98,7 +96,6 @@ def shared_down_kernel(
     out,
     tokens,
     limit,
-    HAS_LIMIT: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -131,7 +128,7 @@ def shared_down_kernel(
             else:
                 inside = valid[:, None] & (column < SLICE)
             at = rows[:, None] + column
-            h = _activated(source, at, inside, tokens, limit, HAS_LIMIT, N, PARTS)
+            h = _activated(source, at, inside, tokens, limit, N, PARTS)
             acc = tl.dot(w, tl.trans(h.to(tl.bfloat16)), acc)
     if WORDS:
         acc *= tl.load(w2_scale + held)[:, None]
@@ -194,8 +191,7 @@ def shared_expert(
     check_device("w13", up_rows, hidden.device)
     check_device("w2", down_rows, hidden.device)
     clamp = check_limit(limit)
-    choose = shared_fp8 if words else shared
-    chosen = tiles or choose(tokens, channels, size, arch_of(hidden))
+    chosen = tiles or shared_tiles(tokens, w13, arch_of(hidden))
     if chosen.parts == 1:
         between = hidden.new_empty((tokens, channels))
     else:
@@ -203,7 +199,7 @@ def shared_expert(
     kind = torch.bfloat16 if chosen.splits == 1 else torch.float32
     out = hidden.new_empty((chosen.splits, tokens, size), dtype=kind)
     options = {
-        "N": channels, "K": size, "PARTS": chosen.parts, "HAS_LIMIT": clamp > 0, "WORDS": words
+        "N": channels, "K": size, "PARTS": chosen.parts, "WORDS": words
     }  # fmt: skip
     launch(
         shared_gate_up_kernel,
@@ -218,6 +214,13 @@ def shared_expert(
         **options, SPLITS=chosen.splits, **tile_options(chosen.down),
     )  # fmt: skip
     return out
+
+
+def shared_tiles(tokens: int, w13: Tensor | FP8Words, arch: int) -> SharedTiles:
+    """The tiles for so many tokens and a w13 `[2N, K]` as `shared_expert` takes it."""
+    rows, size = w13.shape
+    choose = shared_fp8 if isinstance(w13, FP8Words) else shared
+    return choose(tokens, rows // 2, size, arch)
 
 
 def _of(name: str, weight: Tensor | FP8Words) -> tuple[Tensor, Tensor | None]:
