@@ -18,14 +18,23 @@ from step37_kernels import interpret
 if not torch.cuda.is_available():
     interpret.enable()  # before anything imports triton
 
-# Begun first where several workers share the tests: what takes longest to set up.
+# The order in which workers take the files: the small model is trained while the other worker has
+# those that need none, the live servers follow, and many short files end it at the same time.
 _FIRST = (
-    "tests/checkpoint/test_trained.py",  # trains the small model, while the next ones need none
+    "tests/checkpoint/test_trained.py",
+    "tests/evidence/",
+    "tests/benchmarks/",
+    "tests/model/test_ranks.py",
+    "tests/test_packaging.py",
+    "tests/test_plugin.py",
+    "tests/test_doctor.py",
     "tests/serving/test_engine.py",
     "tests/serving/",
-    "tests/evidence/",
+    "tests/model/",
 )
-_OWN_STARTS = ("test_engine.py", "test_interpreted.py", "test_starts.py")
+_FORKS = ("test_engine.py", "test_interpreted.py", "test_chosen_model.py")
+"""Tests that share the process of tests/preloaded.py."""
+_OWN_STARTS = "test_starts.py"
 """Tests of live servers that have nothing in common; the others share one for each format."""
 
 
@@ -52,6 +61,8 @@ def _worker_group(nodeid: str) -> str:
     file, _, test = nodeid.partition("::")
     if not file.startswith("tests/serving/"):
         return file
+    if file.endswith(_FORKS):
+        return "forks"
     if file.endswith(_OWN_STARTS):
         return nodeid
     (weight_format,) = re.findall(r"(?<=[-\[])(?:bf16|fp8|nvfp4)(?=[-\]])", test)

@@ -6,13 +6,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt import plugins
+from sglang.srt.model_executor.model_runner_components import weight_updater
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from step37_ext import hooks, platform_cpu, plugin
 from step37_ext.model.mtp import Step37MTP
 from step37_ext.model.multimodal import Step37ForConditionalGeneration
-from step37_ext.model.text import Step37ForCausalLM
+from step37_ext.model.text import DecoderLayer, Step37ForCausalLM
 
 
 class Stock:
@@ -157,6 +159,28 @@ def test_defaults_of_a_start(resolve):
     assert resolve(hooks.check_start, model_impl="auto") == {}
 
 
+@pytest.mark.parametrize(
+    "fields, streams",
+    [
+        ({"load_format": "safetensors"}, True),
+        ({"load_format": "dummy"}, False),
+        ({"load_format": "sharded_state"}, False),  # whose loader refuses the key
+        ({"model_path": "s3://bucket/model"}, False),  # SGLang's loader of URLs, named later
+        ({"model_path": "gs://bucket/model"}, False),
+    ],
+)
+def test_only_the_loader_of_files_is_told_to_stream(resolve, fields, streams):
+    assert ("model_loader_extra_config" in resolve(hooks.check_start, **fields)) is streams
+
+
+def test_sglang_refuses_new_weights_for_every_model_of_ours():
+    reason_of = weight_updater._unsupported_derived_weight_cache_error
+    assert reason_of(torch.nn.Sequential(torch.nn.Linear(1, 1))) is None
+    layer = DecoderLayer.__new__(DecoderLayer)
+    torch.nn.Module.__init__(layer)  # without a server there is no more of it
+    assert "start the server again" in reason_of(torch.nn.Sequential(layer))
+
+
 def test_on_a_gpu_the_kernels_serve_and_decode_is_recorded(resolve, monkeypatch):
     monkeypatch.delenv("STEP37_IMPL", raising=False)
     streaming = {"model_loader_extra_config": '{"enable_multithread_load": false}'}
@@ -295,30 +319,34 @@ def test_platform_defaults(monkeypatch):
 
 
 START = """
-import json, sys
+import json, multiprocessing, sys
 from unittest import mock
-import step37_ext.plugin as plugin
-{patch}
 from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.arg_groups.resolution_hooks import run_hook
-from sglang.srt.arg_groups.model_path_hook import handle_model_source_paths
 from sglang.srt.server_args import prepare_server_args
-results = []
-for arguments in json.loads(sys.argv[1]):
+import step37_ext.plugin as plugin
+
+def ending(command):
     try:
-        prepare_server_args(arguments).resolve_once()
-        results.append("started")
+        prepare_server_args(command).resolve_once()
     except Exception as error:
-        results.append(str(error))
-print(json.dumps(results))
+        return str(error)
+    return "started"
+
+def endings(patch, commands):
+    exec(patch)
+    load_plugins()
+    return list(map(ending, commands))
+
+# Before the forks nothing is registered, only imported.
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    print(json.dumps(pool.starmap(endings, json.loads(sys.argv[1]), chunksize=1)))
 """
 
 
-def starts(arguments: list[list[str]], patch: str = "") -> list[str]:
-    """How SGLang's argument handling ends for each command line, in a process of its own."""
+def starts(*patched: tuple[str, list[list[str]]]) -> list[list[str]]:
+    """How SGLang's argument handling ends for each command line; a process for each patch."""
     run = subprocess.run(
-        [sys.executable, "-c", START.format(patch=patch), json.dumps(arguments)],
+        [sys.executable, "-c", START, json.dumps(patched)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -335,13 +363,12 @@ def test_failures_stop_only_starts_that_ask_for_us(tmp_path):
         "mock.patch.object(plugin, 'version', lambda name: '0.5.19').start()\n"
         "mock.patch.object(plugin, '_register_seams', None).start()"
     )
-    (refused,) = starts([ours], patch)
+    (refused,), (wrong_model, wrong_flag, other) = starts(
+        (patch, [ours]), ("", [ours, [*ours, "--pp-size", "2"], ours[:4]])
+    )
     assert refused == (
         "--model-impl step37 cannot start: "
         "step37_ext needs SGLang 0.5.20 or later; this is SGLang 0.5.19."
-    )
-    wrong_model, wrong_flag, other = starts(
-        [ours, [*ours, "--pp-size", "2"], ours[:4]],
     )
     assert "supports the architectures" in wrong_model and "LlamaForCausalLM" in wrong_model
     assert wrong_flag == "--model-impl step37 does not support --pp-size (here 2)"

@@ -56,18 +56,33 @@ def test_mix_tells_classes_apart():
     }  # fmt: skip
 
 
-def test_a_kernel_of_each_compiles_to_what_is_kept(tmp_path):
-    """In a process of its own, without the interpreter; the words choose one case of both."""
-    words = [x for word in ("decode, full", "fp8", "page 1,") for x in ("--only", word)]
-    output = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.static_comparison", "--arch", "90", *words]
+@pytest.fixture(scope="module")
+def with_sglang(tmp_path_factory) -> tuple[dict[str, object], dict[str, object]]:
+    """SGLang's settings, and rows of one case of both: the words choose it.
+
+    In a process of its own: its settings are the whole process's, and the compiler is not there
+    beside the interpreter.
+    """
+    output = tmp_path_factory.mktemp("static") / "rows.json"
+    script = Path(__file__).with_name("with_sglang.py")
+    words = ("decode, full", "fp8", "page 1,")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--output", str(output)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", script, output, *words],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    made = {row["by"]: row for row in json.loads(output.read_text())["rows"]}
+    return json.loads(done.stdout.splitlines()[-1]), json.loads(output.read_text())
+
+
+def test_sglang_settings_are_published_as_its_kernels_read_them(with_sglang):
+    settings, _ = with_sglang
+    assert settings == {"sum_all_reduce": False, "deterministic": False, "ranks": 1}
+
+
+def test_a_kernel_of_each_compiles_to_what_is_kept(with_sglang):
+    _, content = with_sglang
+    made = {row["by"]: row for row in content["rows"]}
     assert {by: row["kernel"] for by, row in made.items()} == {
         "step37": "decode_split_kernel", "SGLang": "_fwd_grouped_kernel_stage1",
     }  # fmt: skip

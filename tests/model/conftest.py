@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ def tiny_with_plain_cache(
     SGLang has no flag for a float32 cache: "auto" means the checkpoint's wish, else the dtype.
     """
 
+    @functools.cache  # the worker keeps what is loaded, which it knows by its folder
     def folder(weight_format: WeightFormat) -> Path:
         out = tmp_path_factory.mktemp(weight_format)
         for file in tiny(weight_format).iterdir():

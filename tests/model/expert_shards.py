@@ -10,7 +10,7 @@ from step37_ext.model.config import AttentionShape, LayerShape, TextShape
 from step37_ext.model.experts import ExpertShard, RoutedExperts
 from step37_kernels.formats import fp8_block, nvfp4
 
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 8, 256, 384, 3, 0.5
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 4, 256, 384, 2, 0.5
 PROJECTIONS = {
     "gate_proj": (EXPERTS, INTERMEDIATE, HIDDEN),
     "up_proj": (EXPERTS, INTERMEDIATE, HIDDEN),

@@ -161,6 +161,13 @@ class Worker:
         """The answer to one request, with every pass of the draft models for it."""
         return self._call(_Child.ask_and_read_drafts, request)
 
+    def ask_without_lengths_on_the_host(self, *requests: Request) -> list[Answer]:
+        """As `ask` with drafts, where no verification knows the lengths but from the device.
+
+        SGLang's overlapped schedule on a GPU leaves them out for a backend that needs none there.
+        """
+        return self._call(_Child.ask_without_lengths_on_the_host, requests)
+
     def close(self) -> None:
         self._pipe.close()
         self._process.join(20)
@@ -300,6 +307,31 @@ class _Child:
             patch.setattr(Step37MTP, "forward", forward_and_note)
             (answer,) = self._run(request)
         return answer, passes
+
+    def ask_without_lengths_on_the_host(self, requests: tuple[Request, ...]) -> list[Answer]:
+        from sglang.srt.speculative.multi_layer_eagle_worker_v2 import (
+            MultiLayerEagleWorkerV2 as EagleWorker,
+        )
+
+        forward = EagleWorker.forward_batch_generation
+        batches = 0
+
+        def forward_without_lengths(worker, batch, *args, **kwargs):
+            nonlocal batches
+            if batch.forward_mode.is_extend():
+                return forward(worker, batch, *args, **kwargs)
+            batches += 1
+            known = batch.seq_lens_cpu, batch.seq_lens_sum
+            batch.seq_lens_cpu = batch.seq_lens_sum = None
+            output = forward(worker, batch, *args, **kwargs)
+            batch.seq_lens_cpu, batch.seq_lens_sum = known  # this scheduler goes on with them
+            return output
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EagleWorker, "forward_batch_generation", forward_without_lengths)
+            answers = self.ask(requests)
+        assert batches, "no batch was verified"
+        return answers
 
     def _run(self, *requests: Request) -> list[Answer]:
         queued = [self._enqueue(str(number), request) for number, request in enumerate(requests)]

@@ -10,7 +10,7 @@ import torch
 
 from step37_ext import attention_backend
 from step37_ext.attention_backend import Step37AttentionBackend
-from step37_kernels.attention.pages import check_paging
+from step37_kernels.attention.pages import check_paging, debug_check
 
 LENGTH, SLOTS, WINDOW = 64, 256, 48
 
@@ -188,6 +188,19 @@ def test_pools_without_a_table_between_them_are_refused(monkeypatch: pytest.Monk
     pool.full_to_swa_index_mapping = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="--enable-unified-memory"):
         make(monkeypatch, pool=pool)
+
+
+def test_lengths_on_the_host_that_are_too_short_are_named(
+    backend: Step37AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention kernels' own check, with the table and the lengths that they get."""
+    monkeypatch.setenv("STEP37_DEBUG", "1")
+    late = batch([2, 0], [3, 5], [130, 7], decode=False)
+    late.seq_lens = torch.tensor([3, 8])
+    backend.init_forward_metadata(late)
+    assert backend.full is not None
+    with pytest.raises(ValueError, match="sequence 1 has seq_len 8, expected 0 to 5"):
+        debug_check(backend.full.page_table, backend.seq_lens, backend.page_size, SLOTS)
 
 
 @pytest.mark.parametrize("kind", ["verify", "extend"])

@@ -72,6 +72,16 @@ def test_tokens_are_those_of_plain_decoding_in_fewer_passes(
     assert tokens / passes >= 2, f"{tokens} tokens in {passes} verifications"
 
 
+def test_lengths_are_read_on_the_device(worker: Worker, tiny_with_plain_cache: TinyFolder) -> None:
+    """Verification and draft steps get None for the host's copy, as on a GPU."""
+    worker.load(tiny_with_plain_cache("nvfp4"), f"{FP8_CACHE} {DRAFTS}")
+    together = (dialogue("arithmetic_high"), dialogue("weather_oslo"))
+    expected = worker.ask(*together)
+    answers = worker.ask_without_lengths_on_the_host(*together)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert [answer.verifications for answer in answers] == [a.verifications for a in expected]
+
+
 @pytest.fixture(scope="module")
 def chain(tiny: TinyFolder) -> MtpChain:
     return MtpChain(TINY, dequantised_weights(tiny("nvfp4")))

@@ -26,7 +26,7 @@ from step37_kernels import dispatch, interpret
 from step37_kernels.checks import DEBUG_VARIABLE
 
 FORMATS = ("bf16", "fp8", "nvfp4")
-SHARED, TOKENS = 128, 10
+SHARED, TOKENS = 128, 6
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 8, 2, 64, 16
 LENGTHS = (21, 6)  # beyond the window and within it
 K_SCALE, V_SCALE = 0.03, 0.02

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,3 +50,18 @@ def server(
 def client(server: LocalServer) -> Iterator[OpenAI]:
     with connect(server.url) as client:
         yield client
+
+
+@pytest.fixture
+def with_auto_map(tiny: Callable[[WeightFormat], Path], tmp_path: Path) -> Path:
+    """A checkpoint that brings code of its own, which says so when it is run."""
+    folder = Path(shutil.copytree(tiny("bf16"), tmp_path / "with_auto_map"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_step3p7.Step3p7Config",
+        "AutoModelForCausalLM": "modeling_step3p7.Step3p7ForConditionalGeneration",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for module in ("configuration_step3p7", "modeling_step3p7"):
+        (folder / f"{module}.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder

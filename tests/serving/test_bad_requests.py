@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from PIL import Image
 
 from step37_ext.chat import ask
 from step37_ext.checkpoint.dialogues import DIALOGUES, picture_url
+from step37_ext.checkpoint.weight_format import WeightFormat
 from step37_ext.local_server import LocalServer
 
 HELLO = DIALOGUES[0]
@@ -87,6 +89,14 @@ def test_refused_with_a_reason(http: httpx.Client, name: str) -> None:
     response = http.post("/v1/chat/completions", json=request)
     assert response.status_code == 400
     assert reason in response.json()["message"]
+
+
+def test_new_weights_are_refused_and_the_old_ones_serve(
+    http: httpx.Client, tiny: Callable[[WeightFormat], Path]
+) -> None:
+    response = http.post("/update_weights_from_disk", json={"model_path": str(tiny("bf16"))})
+    assert response.status_code == 400
+    assert "--model-impl step37 cannot take new weights" in response.json()["message"]
 
 
 # A view of the whole picture is 169 tokens and its two marks; a crop is 81 and two, and a mark

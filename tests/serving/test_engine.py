@@ -1,12 +1,10 @@
 """SGLang's offline engine with real ranks, and with the text model alone, gives the same tokens."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +13,7 @@ from step37_ext.checkpoint.headers import INDEX_FILE
 from step37_ext.checkpoint.make import random_checkpoint
 from step37_ext.checkpoint.oracle import transformers_model
 from step37_ext.checkpoint.spec import FOUR_KV_HEADS, TINY
+from step37_ext.local_server import PLATFORM
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 PROMPT = [20 + 37 * i % 500 for i in range(3 * TINY.sliding_window + 7)]
@@ -23,15 +22,14 @@ NEW_TOKENS = 16
 
 def run_engine(model: Path, **arguments: object) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and their logprobs of SGLang's offline engine."""
-    run = subprocess.run(
-        [sys.executable, SCRIPT, model, json.dumps(PROMPT), json.dumps(arguments)],
-        env=os.environ | {"SGLANG_PLATFORM": "step37_cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    output = preloaded.output(
+        SCRIPT,
+        model,
+        json.dumps(PROMPT),
+        json.dumps(arguments),
+        **PLATFORM,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = json.loads(output.splitlines()[-1])
     return result["tokens"], torch.tensor(result["logprobs"])
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,25 +16,10 @@ from rich.console import Console
 from step37_ext.chat import ask, connect
 from step37_ext.checkpoint.dialogues import DIALOGUES
 from step37_ext.checkpoint.weight_format import WeightFormat
-from step37_ext.local_server import PLATFORM, LocalServer, ServerDied
+from step37_ext.local_server import LocalServer, ServerDied
 
 Tiny = Callable[[WeightFormat], Path]
 ASKED = [dialogue for dialogue in DIALOGUES if dialogue.name in ("hello", "picture_ticket")]
-
-
-@pytest.fixture
-def with_auto_map(tiny: Tiny, tmp_path: Path) -> Path:
-    """A checkpoint that brings code of its own, which says so when it is run."""
-    folder = Path(shutil.copytree(tiny("bf16"), tmp_path / "with_auto_map"))
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_step3p7.Step3p7Config",
-        "AutoModelForCausalLM": "modeling_step3p7.Step3p7ForConditionalGeneration",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for module in ("configuration_step3p7", "modeling_step3p7"):
-        (folder / f"{module}.py").write_text("raise RuntimeError('remote code was run')\n")
-    return folder
 
 
 def test_remote_code_starts_the_same_model_and_a_killed_worker_ends_it(with_auto_map: Path) -> None:
@@ -80,22 +60,6 @@ def check_end_by_a_killed_worker(server: LocalServer) -> None:
     with socket.socket() as port:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as every server does
         port.bind(("127.0.0.1", server.port))
-
-
-def test_the_model_does_not_depend_on_remote_code(tiny: Tiny, with_auto_map: Path) -> None:
-    """What SGLang would start, in a process that goes no further than choosing the model class."""
-    script = Path(__file__).with_name("chosen_model.py")
-    output = subprocess.run(
-        [sys.executable, str(script), str(tiny("bf16")), str(with_auto_map)],
-        env=os.environ | PLATFORM,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    chosen = json.loads(output.splitlines()[-1])
-    assert len(chosen) == 4
-    assert chosen[0]["model"] == "step37_ext.model.multimodal.Step37ForConditionalGeneration"
-    assert all(one == chosen[0] for one in chosen)
 
 
 def test_without_the_plugin_the_start_fails(tiny: Tiny) -> None:
