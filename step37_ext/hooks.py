@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
-from sglang.srt.utils.common import get_device, get_device_sm
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils.common import get_device, get_device_sm, is_remote_url
 
 from step37_ext.checkpoint.headers import read_json
 from step37_ext.checkpoint.location import folder_with_configs, local_folder
@@ -83,7 +84,9 @@ def check_start(server_args: Any, previous: Callable[[Any], None]) -> None:
         if (most := default_max_requests(cfg)) is not None and not drafts:
             defaults["max_running_requests"] = most
     reads_weights = cfg.load_format != "dummy"
-    if reads_weights and cfg.model_loader_extra_config in (None, "", "{}", {}):
+    # Another loader refuses what it does not know; SGLang names that of a URL only after this step.
+    streams = cfg.load_format in ("auto", "safetensors") and not is_remote_url(cfg.model_path)
+    if streams and cfg.model_loader_extra_config in (None, "", "{}", {}):
         # SGLang's threads read whole files into memory, eight at a time; we stream by tensor.
         defaults["model_loader_extra_config"] = '{"enable_multithread_load": false}'
     declare_resolution(server_args, MODEL_IMPL, **defaults)
@@ -173,10 +176,22 @@ def cpu_padding(original: Callable, model_config: Any, load_config: Any, tp_size
 
 
 def attention_backend(runner: Any) -> Any:
-    """Factory of the attention backend "step37"."""
+    """Factory of the attention backend "step37"; on a GPU every kernel is compiled with it.
+
+    It is the last that SGLang asks for before it captures graphs, when weights and cache are there.
+    """
     from step37_ext.attention_backend import Step37AttentionBackend
 
-    return Step37AttentionBackend(runner)
+    backend = Step37AttentionBackend(runner)
+    if backend.req_to_token.is_cuda:
+        from step37_ext.model.compile_ahead import compile_ahead
+        from step37_ext.model.text import DecoderLayer
+
+        layers = [part for part in runner.model.modules() if isinstance(part, DecoderLayer)]
+        parallel = get_parallel()
+        decodes = runner.spec_algorithm.is_none()
+        compile_ahead(layers, backend, decodes, parallel.tp_rank, parallel.tp_size)
+    return backend
 
 
 def draft_extend_backend(original: Callable, factory: Any) -> Any:

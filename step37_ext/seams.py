@@ -53,6 +53,7 @@ REGISTRATION = (
         call=("server_args",),
     ),
     Seam(f"{SRT}.utils.common.get_device", "the device of a start that names none", call=()),
+    Seam(f"{SRT}.utils.common.is_remote_url", "what no loader of files reads", call=("url",)),
     Seam(f"{SRT}.utils.common.get_device_sm", "the GPU's capability, without CUDA", call=()),
     Seam(f"{SRT}.environ.envs", "SGLang's environment variables"),
     Seam(f"{SRT}.environ.Envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH", "a graph that is refused"),
@@ -215,6 +216,17 @@ RUNTIME = (
         "what the attention backend asks of a batch",
         "is_decode_or_idle",
     ),
+    *attributes(
+        f"{SRT}.model_executor.forward_batch_info.ForwardMode",
+        "passes whose kernels are compiled at a start",
+        "EXTEND",
+        "DECODE",
+    ),
+    Seam(
+        f"{SRT}.model_executor.model_runner.ModelRunner.spec_algorithm",
+        "whether sequences are decoded or drafts verified",
+    ),
+    Seam(f"{SRT}.speculative.spec_info.SpeculativeAlgorithm.is_none", "no drafts", call=()),
     *attributes(
         f"{SRT}.mem_cache.swa_memory_pool.SWAKVPool",
         "where the attention backend reads and writes",

@@ -16,16 +16,14 @@ BLOCK_N = 1024
 
 
 @triton.jit
-def activation_kernel(
-    gate_up, out, limit, N: tl.constexpr, HAS_LIMIT: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def activation_kernel(gate_up, out, limit, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """BLOCK_N channels of one token."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     gate = tl.load(gate_up + token * (2 * N) + n, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * (2 * N) + N + n, mask=inside, other=0.0).to(tl.float32)
-    activated = swiglu_step(gate, up, limit, HAS_LIMIT)
+    activated = swiglu_step(gate, up, limit)
     tl.store(out + token * N + n, activated.to(tl.bfloat16), mask=inside)
 
 
@@ -50,6 +48,6 @@ def activation(gate_up: Tensor, limit: float | None) -> Tensor:
     out = gate_up.new_empty((tokens, columns // 2))
     launch(
         activation_kernel, (tokens, ceil_div(columns // 2, BLOCK_N)), gate_up, out, clamp,
-        N=columns // 2, HAS_LIMIT=clamp > 0, BLOCK_N=BLOCK_N, num_warps=4,
+        N=columns // 2, BLOCK_N=BLOCK_N, num_warps=4,
     )  # fmt: skip
     return out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,26 @@ class Launch:
     def name(self) -> str:
         """The kernel function's name."""
         return str(self.kernel.__name__)
+
+    def variant(self) -> tuple[Hashable, ...]:
+        """What Triton compiles the kernel for: launches that agree in it share one compilation.
+
+        Its rule, of `JITFunction.run`: constants by their value, tensors by type and by whether
+        they begin at a multiple of 16 bytes, integers by whether they are 1 or a multiple of 16
+        unless the kernel says that they do not matter, other numbers by their type.
+        """
+        given = zip(self.kernel.params, self.args, strict=False)
+        classes = tuple(_class_of(value, not p.do_not_specialize) for p, value in given)
+        return (self.name, classes, tuple(sorted(self.options.items())))
+
+
+def _class_of(value: Any, specialised: bool) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, specialised and value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        wide = not -(2**31) <= value < 2**31
+        return (wide, value == 1, value % 16 == 0) if specialised else wide
+    return None if value is None else type(value).__name__
 
 
 _observers: list[tuple[Callable[[Launch], None], bool]] = []

@@ -112,9 +112,9 @@ def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Ten
     require("x", x, (None, weight.shape[1]), (torch.bfloat16,), contiguous=True)
     check_device("weight", weight.words, x.device)
     tokens, (rows, columns) = x.shape[0], weight.shape
-    if tiles is None and tokens > FUSED_TOKENS:
+    chosen = tiles or linear_tiles(tokens, rows, columns, arch_of(x))
+    if chosen is None:
         return x @ widened(weight).T
-    chosen = tiles or choose_tiles(tokens, rows, columns, arch_of(x))
     tile, splits = chosen.tile, chosen.splits
     if splits > 1 and (tokens > tile.block_rows or columns % (splits * tile.block_k)):
         raise ValueError(
@@ -130,6 +130,11 @@ def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Ten
         N=rows, K=columns, SPLITS=splits, **tile_options(tile),
     )  # fmt: skip
     return out
+
+
+def linear_tiles(tokens: int, rows: int, columns: int, arch: int) -> LinearTiles | None:
+    """The tiles for so many tokens, None where the weights `[rows, columns]` are expanded first."""
+    return None if tokens > FUSED_TOKENS else choose_tiles(tokens, rows, columns, arch)
 
 
 def widened(weight: FP8Words) -> Tensor:

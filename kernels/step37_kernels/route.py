@@ -19,35 +19,39 @@ BLOCK_E = 32  # 288 experts are nine tiles of 32 and not a whole number of 64
 BLOCK_K = {torch.bfloat16: 128, torch.float32: 32}  # three bf16 parts of more columns spill
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "steps"])
 def route_logits_kernel(
     hidden,
     gate,
     logits,
     num_tokens,
+    steps,
     K: tl.constexpr,
     E: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """logits [splits, T, E] fp32: this program's part of K, BLOCK_E experts, BLOCK_M tokens."""
+    """logits [splits, T, E] fp32: `steps` blocks of K, BLOCK_E experts, BLOCK_M tokens."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     column = tl.arange(0, BLOCK_K)
+    real, valid = (expert < E)[:, None], (token < num_tokens)[:, None]
     accumulator = tl.zeros((BLOCK_E, BLOCK_M), tl.float32)
-    for start in range(0, SPLIT_K, BLOCK_K):
-        k = split * SPLIT_K + start + column
+    first = split * steps
+    gate += expert[:, None] * K + first * BLOCK_K + column[None, :]
+    hidden += token[:, None].to(tl.int64) * K + first * BLOCK_K + column[None, :]
+    for step in range(first, tl.minimum(first + steps, (K + BLOCK_K - 1) // BLOCK_K)):
+        inside = (step * BLOCK_K + column < K)[None, :]
         weight = tl.load(
-            gate + expert[:, None] * K + k[None, :],
-            mask=(expert < E)[:, None] & (k < K)[None, :],
+            gate,
+            mask=real if K % BLOCK_K == 0 else real & inside,
             other=0.0,
         )
         x = tl.load(
-            hidden + token[:, None].to(tl.int64) * K + k[None, :],
-            mask=(token < num_tokens)[:, None] & (k < K)[None, :],
+            hidden,
+            mask=valid if K % BLOCK_K == 0 else valid & inside,
             other=0.0,
         )
         high = weight.to(tl.bfloat16)
@@ -58,6 +62,8 @@ def route_logits_kernel(
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
             accumulator = tl.dot(middle, tl.trans(x), accumulator)
             accumulator = tl.dot(low, tl.trans(x), accumulator)
+        gate += BLOCK_K
+        hidden += BLOCK_K
     row = split.to(tl.int64) * num_tokens + token
     tl.store(
         logits + row[:, None] * E + expert[None, :],
@@ -124,7 +130,7 @@ def route(
 
     Two launches. Logits are sums of exact products in fp32, so experts whose scores differ by no
     more than fp32's rounding may change places; equal scores go to the lower id. The sum over K
-    does not depend on other tokens, but its order depends on the number of tokens (`_split_k`).
+    does not depend on other tokens, but its order depends on the number of tokens (`route_tile`).
 
     Args:
         hidden: bf16 [T, K], contiguous.
@@ -149,11 +155,9 @@ def route(
         raise ValueError(f"top_k is {top_k}, expected 1 to the number of experts {experts}")
     if bias is not None:
         require("bias", bias, (experts,), (torch.float32,), contiguous=True)
-    block_m = 16 if num_tokens <= 64 else 64
-    tiles = ceil_div(experts, BLOCK_E) * ceil_div(num_tokens, block_m)
     block_k = BLOCK_K[gate_weight.dtype]
-    split_k = _split_k(size, tiles, block_k)
-    splits = ceil_div(size, split_k)
+    block_m, steps = route_tile(num_tokens, gate_weight)
+    splits = ceil_div(size, steps * block_k)
     new = hidden.new_empty
     logits = new((splits, num_tokens, experts), dtype=torch.float32)
     launch(
@@ -163,9 +167,9 @@ def route(
         gate_weight,
         logits,
         num_tokens,
+        steps,
         K=size,
         E=experts,
-        SPLIT_K=split_k,
         BLOCK_M=block_m,
         BLOCK_E=BLOCK_E,
         BLOCK_K=block_k,
@@ -195,7 +199,15 @@ def route(
     return weights, ids
 
 
-def _split_k(size: int, tiles: int, block_k: int) -> int:
-    """Columns of one split: enough programs for about 132 SMs, at least 256 columns each."""
+def route_tile(num_tokens: int, gate_weight: Tensor) -> tuple[int, int]:
+    """Tokens of a tile of logits, and steps of BLOCK_K columns in one split.
+
+    Enough programs for about 132 SMs, at least 256 columns each; in powers of two, since every
+    number of splits is another compilation.
+    """
+    experts, size = gate_weight.shape
+    block_m = 16 if num_tokens <= 64 else 64
+    tiles = ceil_div(experts, BLOCK_E) * ceil_div(num_tokens, block_m)
     wanted = max(1, min(144 // max(tiles, 1), size // 256))
-    return ceil_div(ceil_div(size, wanted), block_k) * block_k
+    wanted = 1 << wanted.bit_length() - 1
+    return block_m, ceil_div(ceil_div(size, wanted), BLOCK_K[gate_weight.dtype])

@@ -55,7 +55,7 @@ def test_the_list_holds_every_block_that_a_query_sees(device, window, queries) -
 def test_a_batch_has_one_of_few_sizes() -> None:
     sizes = [batch_block(batch) for batch in range(1, MAX_BATCH + 1)]
     assert all(size >= batch for batch, size in enumerate(sizes, 1))
-    assert sorted(set(sizes)) == [32, 64, 128, 256, 512]
+    assert sorted(set(sizes)) == [64, 512]
 
 
 def test_no_lengths_need_more_blocks_than_the_most() -> None:

@@ -8,10 +8,12 @@ from functools import cache
 
 import torch
 
+from step37_kernels.attention.pages import MAX_BATCH
 from step37_kernels.attention.schedule import most_blocks
 from step37_kernels.checks import ceil_div
 
 REGISTERS_PER_SM = 65536
+FEW_SEQUENCES = 64
 _H100_MULTIPROCESSORS = 132  # stands in where there is no GPU
 
 
@@ -58,11 +60,12 @@ def decode_tile(cache_type: torch.dtype, rows: int) -> DecodeTile:
 
 
 def batch_block(batch: int) -> int:
-    """Places for the numbers of a batch, a power of two; 32 at the least.
+    """Places for the numbers of a batch: few, or as many as there may be.
 
-    Each is another compilation, and one warp holds 32 of them at no cost.
+    Each is another compilation of every attention kernel. Two warps, the fewest of them, hold 64
+    places in a register of each thread, and 512 in eight while the work is shared out.
     """
-    return 1 << max(batch - 1, 31).bit_length()
+    return FEW_SEQUENCES if batch <= FEW_SEQUENCES else MAX_BATCH
 
 
 def decode_workers(

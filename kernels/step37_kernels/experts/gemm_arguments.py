@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,14 @@ def check_sizes(hidden_size: int, intermediate_size: int) -> None:
 
 
 def check_limit(limit: float | None) -> float:
-    """The clamp of the activation, 0 for none.
+    """The clamp of the activation, infinite for none.
 
     Raises:
         ValueError: it is negative.
     """
     if limit is not None and limit < 0:
         raise ValueError(f"limit is {limit}, expected a positive number, or 0 or None for no clamp")
-    return limit or 0.0
+    return float(limit) if limit else math.inf
 
 
 def check_routing(routing: Routing, tile: GemmTile, device: torch.device) -> None:

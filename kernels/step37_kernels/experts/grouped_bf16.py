@@ -74,7 +74,6 @@ def gate_up_bf16_kernel(
     parts,
     arrived,
     TOP_K: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     SPLITS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -100,7 +99,7 @@ def gate_up_bf16_kernel(
         if not last:
             return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
-    store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
+    store_activated(gate, up, limit, intermediate, pair, channels, N)
 
 
 @triton.jit
@@ -172,7 +171,6 @@ def gate_up(
         clamp,
         *split_buffers(tile, tiles, hidden_size, tile.block_k, routing),
         TOP_K=routing.top_k,
-        HAS_LIMIT=clamp > 0,
         SPLITS=tile.splits,
         N=size,
         K=hidden_size,

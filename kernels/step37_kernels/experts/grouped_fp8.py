@@ -104,7 +104,6 @@ def gate_up_fp8_kernel(
     parts,
     arrived,
     TOP_K: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     SPLITS: tl.constexpr,
     OFFSET: tl.constexpr,
     N: tl.constexpr,
@@ -140,7 +139,7 @@ def gate_up_fp8_kernel(
         if not last:
             return
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
-    store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
+    store_activated(gate, up, limit, intermediate, pair, channels, N)
 
 
 @triton.jit
@@ -224,7 +223,6 @@ def gate_up(
         clamp,
         *split_buffers(tile, tiles, hidden_size, BLOCK, routing),
         TOP_K=routing.top_k,
-        HAS_LIMIT=clamp > 0,
         SPLITS=tile.splits,
         OFFSET=weights.intermediate_offset,
         N=size,

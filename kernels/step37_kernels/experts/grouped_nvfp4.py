@@ -165,7 +165,6 @@ def finish_gate_up(
     limit,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,7 +173,7 @@ def finish_gate_up(
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
     gate *= tl.load(global_scale)
     up *= tl.load(global_scale + 1)
-    result = swiglu_step(gate, up, limit, HAS_LIMIT).to(tl.bfloat16)
+    result = swiglu_step(gate, up, limit).to(tl.bfloat16)
     row, valid = intermediate + pair.to(tl.int64)[None, :] * PADDED, (pair >= 0)[None, :]
     column = tile_index * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     if PADDED != CHANNELS:
@@ -227,7 +226,6 @@ def nvfp4_gate_up_kernel(
     PADDED: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -251,7 +249,7 @@ def nvfp4_gate_up_kernel(
             return
     finish_gate_up(
         acc, w13_global_scale + expert * 2, intermediate, pair, tile_index, limit,
-        CHANNELS, PADDED, HAS_LIMIT, False, BLOCK_ROWS, BLOCK_N,
+        CHANNELS, PADDED, False, BLOCK_ROWS, BLOCK_N,
     )  # fmt: skip
 
 
@@ -333,7 +331,6 @@ def gate_up(
         PADDED=weights.intermediate_padded,
         K=hidden,
         TOP_K=routing.top_k,
-        HAS_LIMIT=bool(limit),
         SPLITS=tile.splits,
         **tile_options(tile),
     )

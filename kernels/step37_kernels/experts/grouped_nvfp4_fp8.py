@@ -156,7 +156,6 @@ def nvfp4_fp8_gate_up_kernel(
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,7 +174,7 @@ def nvfp4_fp8_gate_up_kernel(
     )  # fmt: skip
     finish_gate_up(
         acc, w13_global_scale + expert * 2, intermediate, pair, tile_index, limit,
-        CHANNELS, PADDED, HAS_LIMIT, True, BLOCK_ROWS, BLOCK_N,
+        CHANNELS, PADDED, True, BLOCK_ROWS, BLOCK_N,
     )  # fmt: skip
 
 
@@ -259,7 +258,6 @@ def gate_up(
         K=hidden,
         TOP_K=routing.top_k,
         GROUP=GROUP,
-        HAS_LIMIT=bool(limit),
         **tile_options(tile),
     )
     return intermediate

@@ -140,7 +140,6 @@ def nvfp4_nvfp4_gate_up_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,7 +166,7 @@ def nvfp4_nvfp4_gate_up_kernel(
     x_unit = tl.load(x_global_scale)
     gate *= x_unit * tl.load(w13_global_scale + expert * 2)
     up *= x_unit * tl.load(w13_global_scale + expert * 2 + 1)
-    store_activated(gate, up, limit, intermediate, pair, channels, N, HAS_LIMIT)
+    store_activated(gate, up, limit, intermediate, pair, channels, N)
 
 
 @triton.jit
@@ -249,7 +248,6 @@ def gate_up(
         N=size,
         K=hidden,
         TOP_K=routing.top_k,
-        HAS_LIMIT=bool(limit),
         SPLITS=tile.splits,
         **tile_options(tile),
     )

@@ -151,17 +151,34 @@ def _check_ids(topk_ids: Tensor, total_experts: int) -> None:
         )
 
 
-def _tiles(choose: Callable[..., tuple[tiles.GemmTile, tiles.GemmTile]], batch: _Batch,
-           weights: PreparedExperts) -> tuple[tiles.GemmTile, tiles.GemmTile]:  # fmt: skip
-    """The tiles of the gate-up and of the down GEMM."""
-    size, hidden = weights.intermediate_size, weights.hidden_size
+def expert_tiles(
+    weights: PreparedExperts,
+    activations: str,
+    pairs: int,
+    total_experts: int | None,
+    arch: int,
+) -> tuple[tiles.GemmTile, tiles.GemmTile]:
+    """The tiles of the gate-up and of the down GEMM.
+
+    Args:
+        pairs: T * top_k, of which this rank has its part.
+        arch: 90 for sm_90 and so on; the other arguments as of `experts`.
+    """
     here = weights.num_experts
-    pairs = ceil_div(batch.topk_ids.numel() * here, batch.total_experts or here)
-    return choose(pairs, here, size, hidden, arch_of(batch.hidden))
+    pairs = ceil_div(pairs * here, total_experts or here)
+    choose = _TILES[type(weights), activations]
+    return choose(pairs, here, weights.intermediate_size, weights.hidden_size, arch)
+
+
+def _tiles(
+    batch: _Batch, weights: PreparedExperts, activations: str = "same"
+) -> tuple[tiles.GemmTile, tiles.GemmTile]:
+    pairs = batch.topk_ids.numel()
+    return expert_tiles(weights, activations, pairs, batch.total_experts, arch_of(batch.hidden))
 
 
 def _run_bf16(batch: _Batch, weights: BF16Experts) -> Tensor:
-    up, down = _tiles(tiles.bf16, batch, weights)
+    up, down = _tiles(batch, weights)
     routing = sort(
         batch.topk_ids, weights.num_experts, batch.first_expert, up.block_rows,
         _counters(weights, up),
@@ -174,7 +191,7 @@ def _run_reordered(batch: _Batch, weights: FP8Experts | NVFP4Tiles) -> Tensor:
     """bf16 activations whose channels stand in the order that the expanded weights have."""
     fp8 = isinstance(weights, FP8Experts)
     kernels: Any = grouped_fp8_bf16 if fp8 else grouped_nvfp4
-    up, down = _tiles(tiles.fp8_bf16 if fp8 else tiles.nvfp4, batch, weights)
+    up, down = _tiles(batch, weights)
     routing, rows = _sorted(batch, weights, "words" if fp8 else "slabs", up)
     intermediate = kernels.gate_up(rows, weights, routing, batch.limit, up)
     return kernels.down(intermediate, weights, routing, batch.topk_weights, down)
@@ -183,12 +200,12 @@ def _run_reordered(batch: _Batch, weights: FP8Experts | NVFP4Tiles) -> Tensor:
 def _run_quantized(
     batch: _Batch,
     weights: PreparedExperts,
-    choose: Callable[..., tuple[tiles.GemmTile, tiles.GemmTile]],
+    activations: str,
     kernels: Any,
     forms: tuple[Form, Form],
 ) -> Tensor:
     """Activations quantised: hidden beside the sort, the intermediate in a launch of its own."""
-    up, down = _tiles(choose, batch, weights)
+    up, down = _tiles(batch, weights, activations)
     routing, rows = _sorted(batch, weights, forms[0], up)
     intermediate = kernels.gate_up(rows, weights, routing, batch.limit, up)
     offset = weights.intermediate_offset if isinstance(weights, FP8Experts) else 0
@@ -216,20 +233,30 @@ def _counters(weights: PreparedExperts, up: tiles.GemmTile) -> int:
     return ceil_div(rows, up.block_n)
 
 
+_TILES: dict[
+    tuple[type[PreparedExperts], str], Callable[..., tuple[tiles.GemmTile, tiles.GemmTile]]
+] = {
+    (BF16Experts, "same"): tiles.bf16,
+    (FP8Experts, "same"): tiles.fp8_bf16,
+    (NVFP4Tiles, "same"): tiles.nvfp4,
+    (FP8Experts, "fp8"): tiles.fp8,
+    (NVFP4Tiles, "fp8"): tiles.nvfp4_fp8,
+    (NVFP4Experts, "nvfp4"): tiles.nvfp4_nvfp4,
+}
 _Run = Callable[[_Batch, Any], Tensor]  # takes the weights that its key names
 _RUNS: dict[tuple[type[PreparedExperts], str], _Run] = {
     (BF16Experts, "same"): _run_bf16,
     (FP8Experts, "same"): _run_reordered,
     (NVFP4Tiles, "same"): _run_reordered,
     (FP8Experts, "fp8"): partial(
-        _run_quantized, choose=tiles.fp8, kernels=grouped_fp8, forms=("fp8", "fp8")
+        _run_quantized, activations="fp8", kernels=grouped_fp8, forms=("fp8", "fp8")
     ),
     (NVFP4Tiles, "fp8"): partial(
-        _run_quantized, choose=tiles.nvfp4_fp8, kernels=grouped_nvfp4_fp8,
+        _run_quantized, activations="fp8", kernels=grouped_nvfp4_fp8,
         forms=("fp8 slabs", "fp8"),
     ),
     (NVFP4Experts, "nvfp4"): partial(
-        _run_quantized, choose=tiles.nvfp4_nvfp4, kernels=grouped_nvfp4_nvfp4,
+        _run_quantized, activations="nvfp4", kernels=grouped_nvfp4_nvfp4,
         forms=("nvfp4", "nvfp4"),
     ),
 }  # fmt: skip

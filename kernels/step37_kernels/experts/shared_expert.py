@@ -44,7 +44,6 @@ def shared_gate_up_kernel(
     arrived,
     tokens,
     limit,
-    HAS_LIMIT: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -71,7 +70,7 @@ def shared_gate_up_kernel(
     if WORDS:
         acc *= tl.load(w13_scale + half * N + channel)[:, None]
     gate, up = split_gate_up(acc, BLOCK_N, BLOCK_ROWS)
-    store_activated(gate, up, limit, out, tl.where(valid, token, -1), channels, N, HAS_LIMIT)
+    store_activated(gate, up, limit, out, tl.where(valid, token, -1), channels, N)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -162,9 +161,7 @@ def shared_expert(
     check_device("w13", up_rows, hidden.device)
     check_device("w2", down_rows, hidden.device)
     clamp = check_limit(limit)
-    choose = shared_fp8 if words else shared
-    chosen = tiles or choose(tokens, channels, size, arch_of(hidden))
-    up, down = chosen
+    up, down = tiles or shared_tiles(tokens, w13, arch_of(hidden))
     grid = _grid(2 * channels, tokens, up)
     if up.splits > 1 and (grid[0] * grid[1] > MOST_TILES or size % (up.splits * up.block_k)):
         raise ValueError(
@@ -184,7 +181,7 @@ def shared_expert(
     launch(
         shared_gate_up_kernel, grid,
         hidden, up_rows, up_scale, intermediate, parts, counters(hidden.device), tokens, clamp,
-        HAS_LIMIT=clamp > 0, N=channels, K=size, SPLITS=up.splits, WORDS=words, **tile_options(up),
+        N=channels, K=size, SPLITS=up.splits, WORDS=words, **tile_options(up),
     )  # fmt: skip
     kind = torch.bfloat16 if down.splits == 1 else torch.float32
     out = hidden.new_empty((down.splits, tokens, size), dtype=kind)
@@ -194,6 +191,13 @@ def shared_expert(
         N=channels, K=size, SPLITS=down.splits, WORDS=words, **tile_options(down),
     )  # fmt: skip
     return out
+
+
+def shared_tiles(tokens: int, w13: Tensor | FP8Words, arch: int) -> tuple[GemmTile, GemmTile]:
+    """The tiles for so many tokens and a w13 `[2N, K]` as `shared_expert` takes it."""
+    rows, size = w13.shape
+    choose = shared_fp8 if isinstance(w13, FP8Words) else shared
+    return choose(tokens, rows // 2, size, arch)
 
 
 def _of(name: str, weight: Tensor | FP8Words) -> tuple[Tensor, Tensor | None]:

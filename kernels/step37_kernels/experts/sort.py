@@ -28,7 +28,12 @@ from step37_kernels.experts.routing import Routing, most_blocks
 from step37_kernels.formats.nvfp4 import NVFP4Tensor
 from step37_kernels.launch import launch
 
-CHUNK = 1024
+CHUNKS = (256, 1024)
+"""Pairs in one trip of the loop: few for a decode step, many for a prefill."""
+
+
+# Numbers that follow the batch: a kernel for each class of them would only be compiled again.
+_NUMBERS = ["pairs", "first_expert", "max_blocks", "block_rows", "counters"]
 
 
 @triton.jit
@@ -49,33 +54,34 @@ def _sort_expert(
     pairs,
     first_expert,
     max_blocks,
+    block_rows,
+    counters,
     arrived,
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    COUNTERS: tl.constexpr,
 ):
     """Write blocks, slots and counters of local expert e; the last one also ends the block list."""
     bin = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, pairs, CHUNK):
         counts += tl.histogram(_local_experts(ids, start, pairs, first_expert, E, CHUNK), BINS)
-    blocks = tl.where(bin < E, (counts + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
+    blocks = tl.where(bin < E, (counts + block_rows - 1) // block_rows, 0)
     first_block = tl.sum(tl.where(bin < e, blocks, 0), axis=0)
     num_blocks = tl.sum(tl.where(bin == e, blocks, 0), axis=0)
     count = tl.sum(tl.where(bin == e, counts, 0), axis=0)
-    first_slot = first_block * BLOCK_ROWS
+    first_slot = first_block * block_rows
 
     lane = tl.arange(0, CHUNK)
     for start in range(0, num_blocks, CHUNK):
         at = start + lane
         tl.store(expert_of_block + first_block + at, e + at * 0, mask=at < num_blocks)
-    for start in range(0, num_blocks * COUNTERS, CHUNK):
+    for start in range(0, num_blocks * counters, CHUNK):
         at = start + lane
-        tl.store(arrived + first_block * COUNTERS + at, at * 0, mask=at < num_blocks * COUNTERS)
-    padding = tl.arange(0, BLOCK_ROWS) + count
-    tl.store(pair_of_slot + first_slot + padding, -1, mask=padding < num_blocks * BLOCK_ROWS)
+        tl.store(arrived + first_block * counters + at, at * 0, mask=at < num_blocks * counters)
+    for start in range(count, num_blocks * block_rows, CHUNK):
+        at = start + lane
+        tl.store(pair_of_slot + first_slot + at, -1, mask=at < num_blocks * block_rows)
     if e == E - 1:
         for start in range(first_block + num_blocks, max_blocks, CHUNK):
             at = start + lane
@@ -89,7 +95,7 @@ def _sort_expert(
         written += tl.sum(mine.to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["pairs", "first_expert", "max_blocks"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def sort_kernel(
     ids,
     pair_of_slot,
@@ -97,21 +103,21 @@ def sort_kernel(
     pairs,
     first_expert,
     max_blocks,
+    block_rows,
+    counters,
     arrived,
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    COUNTERS: tl.constexpr,
 ):
     """Sort only: bf16 GEMMs read the hidden states as they are."""
     _sort_expert(
         ids, pair_of_slot, expert_of_block, tl.program_id(0), pairs, first_expert, max_blocks,
-        arrived, E, BINS, CHUNK, BLOCK_ROWS, COUNTERS,
+        block_rows, counters, arrived, E, BINS, CHUNK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pairs", "first_expert", "max_blocks"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def sort_and_prepare_kernel(
     ids,
     pair_of_slot,
@@ -119,6 +125,8 @@ def sort_and_prepare_kernel(
     pairs,
     first_expert,
     max_blocks,
+    block_rows,
+    counters,
     arrived,
     hidden,
     out,
@@ -127,8 +135,6 @@ def sort_and_prepare_kernel(
     E: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    COUNTERS: tl.constexpr,
     K: tl.constexpr,
     OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
@@ -139,7 +145,7 @@ def sort_and_prepare_kernel(
     if program < E:
         _sort_expert(
             ids, pair_of_slot, expert_of_block, program, pairs, first_expert, max_blocks,
-            arrived, E, BINS, CHUNK, BLOCK_ROWS, COUNTERS,
+            block_rows, counters, arrived, E, BINS, CHUNK,
         )  # fmt: skip
     else:
         row = (program - E).to(tl.int64)
@@ -162,16 +168,16 @@ def _check_ids(topk_ids: Tensor) -> None:
     require("topk_ids", topk_ids, (None, None), (torch.int32, torch.int64), contiguous=True)
 
 
-def _sort_options(
-    topk_ids: Tensor, num_experts: int, block_rows: int, counters: int
-) -> dict[str, int]:
-    pairs = max(topk_ids.numel(), 1)
+def sort_chunk(pairs: int) -> int:
+    """Pairs in one trip of the sort's loops."""
+    return CHUNKS[0] if pairs <= CHUNKS[0] else CHUNKS[1]
+
+
+def _sort_options(topk_ids: Tensor, num_experts: int) -> dict[str, int]:
     return {
         "E": num_experts,
         "BINS": triton.next_power_of_2(num_experts + 1),  # one bin for pairs of other ranks
-        "CHUNK": min(CHUNK, max(16, triton.next_power_of_2(pairs))),
-        "BLOCK_ROWS": block_rows,
-        "COUNTERS": counters,
+        "CHUNK": sort_chunk(topk_ids.numel()),
         "num_warps": 4,
     }
 
@@ -202,8 +208,10 @@ def sort(
         topk_ids.numel(),
         first_expert,
         routing.max_blocks,
+        block_rows,
+        counters,
         routing.expert_of_block if routing.arrived is None else routing.arrived,
-        **_sort_options(topk_ids, num_experts, block_rows, counters),
+        **_sort_options(topk_ids, num_experts),
     )
     return routing
 
@@ -244,12 +252,14 @@ def sort_and_prepare(
         topk_ids.numel(),
         first_expert,
         routing.max_blocks,
+        block_rows,
+        counters,
         routing.expert_of_block if routing.arrived is None else routing.arrived,
         hidden,
         out,
         scale,
         scale if global_scale is None else global_scale,
-        **_sort_options(topk_ids, num_experts, block_rows, counters),
+        **_sort_options(topk_ids, num_experts),
         **options,
     )
     return routing, rows
