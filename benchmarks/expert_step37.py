@@ -89,6 +89,7 @@ class Step37Experts(ExpertSubject):
             first_expert=SHARDS[str(cell.settings["parallel"])].first_expert,
             activations="same" if activations == "bf16" else activations,
             shared=shared,
+            total_experts=EXPERTS,
             input_scales=_input_scales(batch.hidden.device) if activations == "nvfp4" else None,
         )
 

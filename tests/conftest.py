@@ -126,3 +126,28 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[WeightFormat, Pa
     for name, folder in folders.items():
         random_checkpoint(folder, name, TINY)
     return folders
+
+
+@pytest.fixture
+def parts_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's programs with all tiles of part 0 first, then those of part 1, ...
+
+    By itself it finishes one tile's parts before it begins the next tile, which would hide tiles
+    that share memory or counters.
+    """
+    from triton.runtime import interpreter
+
+    builder, grid = interpreter.interpreter_builder, [1, 1, 1]
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def dim(*size: int) -> None:
+        grid[:] = size
+        set_grid_dim(*size)
+
+    def index(x: int, y: int, z: int) -> None:
+        turn, tile = divmod((x * grid[1] + y) * grid[2] + z, grid[0])
+        split, block = divmod(turn, grid[1])
+        set_grid_idx(tile, block, split)
+
+    monkeypatch.setattr(builder, "set_grid_dim", dim)
+    monkeypatch.setattr(builder, "set_grid_idx", index)

@@ -40,6 +40,7 @@ def check(got: Tensor, x: Tensor, weight: fp8_block.FP8BlockTensor) -> None:
     assert bound.norm() < 0.02 * expected.norm()  # the bound says something
 
 
+@pytest.mark.usefixtures("parts_interleave")
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns", "tile", "splits"),
     [

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from step37_kernels.experts.split_k import MOST_TILES
 from step37_kernels.experts.tiles import (
     GemmTile,
-    SharedTiles,
     bf16,
     fp8,
     fp8_bf16,
@@ -18,6 +18,7 @@ from step37_kernels.experts.tiles import (
 
 EXPERTS, HIDDEN, TOP_K = 288, 4096, 8
 Policy = Callable[[int, int, int, int, int], tuple[GemmTile, GemmTile]]
+SharedPolicy = Callable[[int, int, int, int], tuple[GemmTile, GemmTile]]
 POLICIES = pytest.mark.parametrize(
     ("policy", "weight_bytes", "token_bytes"), [(bf16, 2, 2), (fp8, 1, 1), (fp8_bf16, 1, 2)]
 )
@@ -59,27 +60,32 @@ def test_a_small_grid_takes_smaller_tiles(
     assert policy(64 * TOP_K, EXPERTS, 320, HIDDEN, 90)[0].block_n == 128
 
 
-@pytest.mark.parametrize("policy", [shared, shared_fp8])
+@pytest.mark.parametrize(("policy", "weight_bytes"), [(shared, 2), (shared_fp8, 1)])
 @pytest.mark.parametrize("size", [1280, 640, 320, 160, 128, 48])
 def test_the_shared_expert_is_cut_evenly_and_only_where_it_is_small(
-    size: int, policy: Callable[[int, int, int, int], SharedTiles]
+    size: int, policy: SharedPolicy, weight_bytes: int
 ) -> None:
     for arch in ARCHITECTURES:
-        for tokens in (0, 1, 16, 17, 64, 65, 8192):
-            chosen = policy(tokens, size, HIDDEN, arch)
-            assert HIDDEN % (chosen.parts * chosen.gate_up.block_k) == 0
-            assert size % chosen.splits == 0
-            if chosen.splits > 1:
-                assert size // chosen.splits % chosen.down.block_k == 0
-            if tokens > 64:
-                assert chosen.parts == chosen.splits == 1
-            assert chosen.gate_up.block_rows * chosen.parts <= 128
-    one = policy(1, size, HIDDEN, 90)
-    if size % 128 == 0:  # as many programs as half the SMs at the least
-        assert 2 * size // 64 * one.parts >= 66 or one.parts == 8
-        assert HIDDEN // one.down.block_n * one.splits >= 66
+        for tokens in (0, 1, 16, 17, 64, 65, 200, 512, 513, 8192):
+            up, down = policy(tokens, size, HIDDEN, arch)
+            assert HIDDEN % (up.splits * up.block_k) == 0
+            assert down.splits == 1 or size % (down.splits * down.block_k) == 0
+            if tokens > 512:
+                assert up.splits == down.splits == 1
+            # The parts are no more bytes than the weights.
+            assert up.splits == 1 or 8 * up.splits * tokens <= HIDDEN * weight_bytes
+            assert -(-2 * size // up.block_n) * -(-tokens // up.block_rows) <= MOST_TILES or (
+                up.splits == 1
+            )
+    for tokens in (1, 64, 256):  # as many programs as half the SMs at the least, where K allows it
+        up, down = policy(tokens, size, HIDDEN, 90)
+        blocks = -(-tokens // up.block_rows)
+        most = 8 * tokens * 2 * up.splits > HIDDEN * weight_bytes
+        assert 2 * size // 64 * up.splits * blocks >= 66 or up.splits == 8 or most
+        if size % 128 == 0:
+            assert HIDDEN // down.block_n * down.splits * blocks >= 64
 
 
 def test_unknown_sizes_still_get_a_tile() -> None:
     assert bf16(2, 1, 48, 272, 90)[1].block_k == 32
-    assert shared(3, 48, 272, 90).parts == 1
+    assert shared(3, 48, 272, 90)[0].splits == 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from step37_kernels.expert_weights import BF16Experts
 from step37_kernels.experts.shared_expert import prepare, shared_expert
-from step37_kernels.experts.tiles import GemmTile, SharedTiles
+from step37_kernels.experts.split_k import counters
+from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.fp8_block import FP8BlockTensor, quantize_rows
 from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import counted
@@ -16,7 +19,7 @@ from step37_kernels.reference.shared_expert import shared_expert as reference
 from tests.experts.bounds import expect
 from tests.experts.dense_layers import bf16_experts
 
-WHOLE = SharedTiles(GemmTile(16, 64, 64, 4, 3), GemmTile(16, 128, 64, 4, 3), 1, 1)
+UP, DOWN = GemmTile(16, 64, 64, 4, 3), GemmTile(16, 128, 32, 4, 3)
 
 
 def expert(hidden: int, size: int) -> tuple[Tensor, Tensor]:
@@ -46,12 +49,13 @@ def check(
     w13: Tensor | FP8BlockTensor,
     w2: Tensor | FP8BlockTensor,
     limit: float | None,
-    tiles: SharedTiles | None = None,
+    tiles: tuple[GemmTile, GemmTile] | None = None,
 ) -> Tensor:
     """Run it and hold the sum of its parts against the routed layer's bound; the parts."""
     with counted() as launches:
         parts = shared_expert(x.to(device), on(device, w13), on(device, w2), limit, tiles).cpu()
     assert len(launches) == 2
+    assert not counters(torch.empty(0, device=device).device).any()  # left as they were found
     ones, first = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int32)
     # FP8 rows, whose scales are powers of two, are exact in bf16.
     exact = (w if isinstance(w, Tensor) else w.dequantize(torch.bfloat16) for w in (w13, w2))
@@ -68,12 +72,13 @@ def check(
     ("parts", "splits", "size", "limit"),
     [(1, 1, 160, None), (2, 5, 160, 0.5), (4, 1, 160, None), (1, 2, 64, 0.5), (4, 2, 64, 16.0)],
 )
+@pytest.mark.usefixtures("parts_interleave")
 def test_every_way_to_split_is_within_the_bound(
     device: torch.device, parts: int, splits: int, size: int, limit: float | None
 ) -> None:
     torch.manual_seed(size + parts)
     w13, w2 = expert(256, size)
-    tiles = SharedTiles(WHOLE.gate_up, GemmTile(16, 128, 32, 4, 3), parts, splits)
+    tiles = replace(UP, splits=parts), replace(DOWN, splits=splits)
     x = torch.randn(21, 256).bfloat16()  # a full block of rows and a ragged one
     got = check(device, x, w13, w2, limit, tiles)
     assert got.shape == (splits, 21, 256)
@@ -89,7 +94,7 @@ def test_fp8_weights_split_and_whole(
     device: torch.device, parts: int, splits: int, size: int
 ) -> None:
     torch.manual_seed(size + parts)
-    tiles = SharedTiles(WHOLE.gate_up, GemmTile(16, 128, 32, 4, 3), parts, splits)
+    tiles = replace(UP, splits=parts), replace(DOWN, splits=splits)
     check(device, torch.randn(21, 256).bfloat16(), *fp8_expert(256, size), 0.5, tiles)
 
 
@@ -97,7 +102,7 @@ def test_fp8_weights_split_and_whole(
 def test_the_tiles_for_fp8_weights(device: torch.device, tokens: int) -> None:
     torch.manual_seed(tokens)
     hidden = 1024 if tokens == 1 else 272
-    weights = fp8_expert(hidden, 64)
+    weights = fp8_expert(hidden, 128)
     parts = check(device, torch.randn(tokens, hidden).bfloat16(), *weights, None)
     assert (len(parts) == 1) == (tokens == 70)
     x = torch.randn(tokens, hidden).bfloat16()
@@ -107,9 +112,9 @@ def test_the_tiles_for_fp8_weights(device: torch.device, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 20, 70])
 def test_the_tiles_of_the_model_s_hidden_size(device: torch.device, tokens: int) -> None:
-    """One token is split both ways, 70 not at all."""
+    """Few tokens are split both ways, 70 in gate-up alone."""
     torch.manual_seed(tokens)
-    w13, w2 = expert(4096 if tokens == 1 else 1024, 64)
+    w13, w2 = expert(4096 if tokens == 1 else 1024, 128)
     parts = check(device, torch.randn(tokens, w13.shape[1]).bfloat16(), w13, w2, None)
     assert (len(parts) == 1) == (tokens == 70)
 
@@ -133,6 +138,17 @@ def test_the_same_bits_again_and_beside_nan(device: torch.device) -> None:
     assert torch.equal(got[:, kept], clean[:, kept])
     assert got[:, 4].isnan().all()
     assert not got[:, 6].sum(0).isfinite().all()
+
+
+def test_parts_that_are_not_whole_steps_are_refused() -> None:
+    x, w13 = torch.empty(3, 256, device="meta"), torch.empty(64, 256, device="meta")
+    x, w13, w2 = x.bfloat16(), w13.bfloat16(), torch.empty(256, 32, device="meta").bfloat16()
+    with counted() as launches:
+        with pytest.raises(ValueError, match="gate-up's splits are 8, expected 1 for 1 tiles"):
+            shared_expert(x, w13, w2, None, (replace(UP, splits=8), DOWN))
+        with pytest.raises(ValueError, match="down's splits are 2, expected a divisor of 32"):
+            shared_expert(x, w13, w2, None, (UP, replace(DOWN, splits=2)))
+    assert not launches
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:

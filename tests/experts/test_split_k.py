@@ -44,6 +44,7 @@ def routings(monkeypatch: pytest.MonkeyPatch) -> list[Routing]:
 
 
 @pytest.mark.parametrize(("form", "activations"), SPLIT)
+@pytest.mark.usefixtures("parts_interleave")
 def test_parts_add_up_in_every_format(
     device: torch.device, routings: list[Routing], form: str, activations: str
 ) -> None:

@@ -10,7 +10,10 @@ from step37_kernels.arch import arch_of
 from step37_kernels.expert_weights import BF16Experts, ExpertWeights, FP8Experts, NVFP4Experts
 from step37_kernels.experts.formats import FORMATS, least_arch
 from step37_kernels.experts.layer import experts, prepare
+from step37_kernels.experts.shared_expert import shared_expert
+from step37_kernels.experts.split_k import counters
 from step37_kernels.reference.experts import experts as reference
+from step37_kernels.reference.shared_expert import shared_expert as reference_shared
 from step37_kernels.route import route
 
 pytestmark = [
@@ -102,23 +105,29 @@ def test_a_hundred_runs_give_the_same_bits(form: str, activations: str) -> None:
 @pytest.mark.parametrize(("form", "activations"), HERE)
 @pytest.mark.parametrize("size", [320, 160])
 def test_the_same_bits_whoever_brings_the_last_part(form: str, activations: str, size: int) -> None:
-    """One token of a TP=4 or TP=8 rank: gate-up splits K, programs run in any order."""
+    """One token of a TP=4 or TP=8 rank: gate-up splits K, while another stream takes SMs."""
     weights = make(form, size=size)
     hidden, topk_weights, ids = batch(1)
     prepared = prepare(weights, activations)
     first = experts(hidden, prepared, topk_weights, ids, 7.0, activations=activations)
     expected = reference(hidden.float(), weights, topk_weights, ids, 7.0)
     assert (first - expected).norm() / expected.norm() < ALLOWED[activations]
+    other, beside = torch.cuda.Stream(), torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
     for _ in range(200):
-        torch.empty(32 << 20, dtype=torch.uint8, device="cuda").zero_()  # other work beside it
+        with torch.cuda.stream(other):
+            beside.zero_()
         again = experts(hidden, prepared, topk_weights, ids, 7.0, activations=activations)
         assert torch.equal(first.view(torch.int16), again.view(torch.int16))
 
 
 @pytest.mark.parametrize(("form", "activations"), HERE)
-def test_a_recorded_graph_follows_the_routing(form: str, activations: str) -> None:
-    prepared = prepare(make(form, count=32), activations)
-    hidden, topk_weights, ids = batch(16, count=32)
+@pytest.mark.parametrize(("tokens", "size"), [(16, SIZE), (1, 320)])
+def test_a_recorded_graph_follows_the_routing(
+    form: str, activations: str, tokens: int, size: int
+) -> None:
+    """One token at TP=4 splits K: its counters are zeroed by the recorded sort."""
+    prepared = prepare(make(form, count=32, size=size), activations)
+    hidden, topk_weights, ids = batch(tokens, count=32)
 
     def run() -> Tensor:
         return experts(hidden, prepared, topk_weights, ids, None, activations=activations)
@@ -130,10 +139,29 @@ def test_a_recorded_graph_follows_the_routing(form: str, activations: str) -> No
         recorded = run()
     for seed in range(5):
         torch.manual_seed(seed)
-        new = batch(16, count=32)
-        new[2][seed] = -1  # padding
+        new = batch(tokens, count=32)
+        new[2][seed % tokens, seed] = -1  # as padding has, or another rank's expert
         for old, fresh in zip((hidden, topk_weights, ids), new, strict=True):
             old.copy_(fresh)
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(recorded, run())
+
+
+@pytest.mark.parametrize("size", [1280, 320])
+@pytest.mark.parametrize("tokens", [1, 40, 200])
+def test_the_shared_expert_s_parts_in_any_order(tokens: int, size: int) -> None:
+    """In BF16, in which its counters are the device's; beside another stream's work."""
+    weights = make("bf16", count=1, size=size)
+    w13, w2 = weights.w13[0], weights.w2[0]
+    hidden = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    first = shared_expert(hidden, w13, w2, 16.0)
+    expected = reference_shared(hidden.float(), w13.float(), w2.float(), 16.0).sum(0)
+    error = (first.float().sum(0) - expected).norm() / expected.norm()
+    assert error < ALLOWED["same"]
+    other, beside = torch.cuda.Stream(), torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(200):
+        with torch.cuda.stream(other):
+            beside.zero_()
+        assert torch.equal(shared_expert(hidden, w13, w2, 16.0), first)
+    assert not counters(hidden.device).any()

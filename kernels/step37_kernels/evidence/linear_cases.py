@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from step37_kernels.evidence.dense_cases import NO_STORES, PRODUCTS, SHARDS
+from step37_kernels.evidence.dense_cases import PRODUCTS, SHARDS, SHARED_KERNELS, few_steps
 from step37_kernels.evidence.layer_shapes import HIDDEN, meta
 from step37_kernels.evidence.limits import BYTES_IN_FLIGHT, LOOP_FORBIDS, Case, Limits
 from step37_kernels.experts import tiles
@@ -44,7 +44,7 @@ def cases() -> list[Case]:
     return found + [
         _shared(arch, tokens, size)
         for arch in (90, 100)
-        for tokens in (1, 32, 64, 8192)
+        for tokens in (1, 32, 64, 256, 8192)
         for size, _ in SHARDS
     ]
 
@@ -81,10 +81,8 @@ def _linear(arch: int, name: str, rows: int, columns: int) -> Iterator[Case]:
     weight = _words(rows, columns)
     for tokens in TOKENS if name in ("qkv", "qkv TP=4") else TOKENS[:1]:
         chosen, x = choose(tokens, rows, columns, arch), meta(tokens, columns)
-        limits = _limits(chosen.tile, columns // chosen.splits, arch)
-        if columns // chosen.splits <= 2 * chosen.tile.block_k:
-            # All loads are on their way at once; what is not the loop is not per weight.
-            limits = replace(limits, per_unit=None, reason="one or two steps")
+        part = columns // chosen.splits
+        limits = few_steps(_limits(chosen.tile, part, arch), chosen.tile, part)
         yield Case(
             f"fp8 linear, {name}, {tokens} tokens",
             arch,
@@ -102,28 +100,18 @@ def _linear(arch: int, name: str, rows: int, columns: int) -> Iterator[Case]:
 
 def _shared(arch: int, tokens: int, size: int) -> Case:
     chosen = tiles.shared_fp8(tokens, size, HIDDEN, arch)
-    up = _limits(chosen.gate_up, HIDDEN // chosen.parts, arch)
-    columns = size // chosen.splits
-    down = _limits(chosen.down, columns, arch)
-    if chosen.parts > 1:
-        # Up to eight fp32 sums of each channel are read and added for every 128 rows of w2, a third
-        # of the weights: at 64 tokens these take longer than its bytes, 5 MB in all.
-        down = replace(
-            down,
-            per_unit=16.5,
-            loop_forbids=NO_STORES,
-            bytes_in_flight=None,
-            reason="twice 8.8, less a sixteenth",
-        )
-    elif columns < 8 * chosen.down.block_k:
-        # So short a loop is unrolled, and the whole program counts: as much again as for PRODUCTS.
-        down = replace(down, per_unit=9.6, reason="rows / 16, and a fifth more for the rest")
-    if columns <= 2 * chosen.down.block_k:  # no loop, its loads are all in flight
-        down = Limits("one or two steps", tensor_core=down.tensor_core)
+    limits = {}
+    for name, tile, whole in zip(SHARED_KERNELS, chosen, (HIDDEN, size), strict=True):
+        columns = whole // tile.splits
+        limit = _limits(tile, columns, arch)
+        if columns <= 10 * tile.block_k:
+            # So short a loop is unrolled, and the whole program counts.
+            limit = replace(limit, per_unit=10.0, reason="the epilogue is half of the program")
+        limits[name] = few_steps(limit, tile, columns)
     x, w13, w2 = meta(tokens, HIDDEN), _words(2 * size, HIDDEN), _words(HIDDEN, size)
     return Case(
         f"fp8 shared expert, {tokens} tokens, N={size}",
         arch,
         lambda: shared_expert(x, w13, w2, 16.0, chosen),
-        {"shared_gate_up_kernel": up, "shared_down_kernel": down},
+        limits,
     )

@@ -5,8 +5,21 @@ parts are added in their order by whichever program finds that all are there: th
 time, and no second launch that waits for the first.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+MOST_TILES = 1024
+"""Counters of a device."""
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 [MOST_TILES], zeros between launches, for kernels that have none of their own."""
+    return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ class GemmTile:
         block_n: rows of the weight matrix.
         block_k: columns of the weight matrix in one trip of the loop.
         num_warps, num_stages: as Triton takes them.
-        splits: into how many parts a gate-up cuts the summed dimension; down takes 1.
+        splits: into how many parts the summed dimension is cut; a routed expert's down takes 1.
     """
 
     block_rows: int
@@ -170,6 +170,8 @@ def bf16(
             # Twice the products for each byte that leaves shared memory.
             return GemmTile(128, 256, block_k, num_warps=8, num_stages=3)
         block_n = _dense_block_n(rows, blocks * (2 if block_rows == 128 else 1), arch)
+        if arch >= 100 and (block_rows, block_k) == (128, 32) and rows % 128 == 0:
+            block_n = 128  # the epilogue of 128 x 64 spills there
         # On sm_100 the epilogue of 128 x 128 spills with 4 warps.
         warps = 8 if arch >= 100 and (block_rows, block_n) == (128, 128) else 4
         # stages - 1 tiles are on their way, 50 KB or more even with one block on an SM.
@@ -181,81 +183,106 @@ def bf16(
     return up, tile(hidden_size, intermediate_size)
 
 
-@dataclass(frozen=True)
-class SharedTiles:
-    """How the shared expert's two products are cut.
-
-    Args:
-        gate_up, down: their tiles.
-        parts: into how many sums gate-up splits K; 1 writes the activated intermediate.
-        splits: into how many sums down splits N.
-    """
-
-    gate_up: GemmTile
-    down: GemmTile
-    parts: int
-    splits: int
-
-
-def shared(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> SharedTiles:
-    """Tiles and splits of the shared expert.
+def shared(
+    tokens: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of the shared expert's gate-up and down, both of which may be split.
 
     Args:
         tokens: T.
         intermediate_size, hidden_size: N and K of this rank.
         arch: 90 for sm_90 and so on.
     """
-    sms = SM_COUNT.get(arch, 148)
-    block_rows = next((rows for rows in (16, 32, 64) if tokens <= rows), 128)
-    if block_rows == 128:
-        up, down = bf16(tokens, 1, intermediate_size, hidden_size, arch)
-        return SharedTiles(up, down, 1, 1)
-    # 64 rows of weights a program, the fewest that a wgmma takes: the most programs.
-    deep = 6 if block_rows <= 32 else 4
-    stages = deep if warpgroup_products(arch) else 3
-    up = GemmTile(block_rows, 64, 64, 4, stages)
-    # Every program of down reads all parts of its channels again: tokens * parts <= 128 keeps that
-    # near the weights' bytes, from L2, and two buffers of a step's parts within 64 KB.
-    wanted = min(ceil_div(sms, ceil_div(2 * intermediate_size, 64)), 128 // block_rows)
-    parts = max(p for p in (1, 2, 4, 8) if p == 1 or (p <= wanted and hidden_size % (64 * p) == 0))
-    # With 3 stages the epilogue spills on sm_100.
-    down = GemmTile(block_rows, 128, 32, num_warps=4, num_stages=2 if arch >= 100 else 3)
-    # A part of down's output is written and read again in fp32: 2 * splits * T * K * 4 bytes are to
-    # stay below the 6 * N * K of the weights.
-    steps, uneven = divmod(intermediate_size, down.block_k)
-    most = 1 if uneven else max(min(steps, 3 * intermediate_size // (4 * max(tokens, 1))), 1)
-    enough = sms // ceil_div(hidden_size, down.block_n)
-    fitting = [s for s in range(1, most + 1) if steps % s == 0] or [1]
-    splits = next((s for s in fitting if s >= enough), fitting[-1])
-    return SharedTiles(up, down, parts, splits)
+    if not _few_tiles(tokens, arch):
+        return bf16(tokens, 1, intermediate_size, hidden_size, arch)
+    # On sm_100 adding the parts spills beside a tile of 64 columns.
+    up = _shared_tile(tokens, 128 if arch >= 100 and hidden_size % 128 == 0 else 64, arch)
+    return (
+        _split_shared_up(up, tokens, intermediate_size, hidden_size, 2, arch),
+        _shared_down(tokens, intermediate_size, hidden_size, arch),
+    )
 
 
-def shared_fp8(tokens: int, intermediate_size: int, hidden_size: int, arch: int) -> SharedTiles:
-    """Tiles and splits of the shared expert with FP8 weights; arguments as for `shared`.
+def shared_fp8(
+    tokens: int, intermediate_size: int, hidden_size: int, arch: int
+) -> tuple[GemmTile, GemmTile]:
+    """Tiles of the shared expert with FP8 weights; arguments as for `shared`.
 
     Cut as with BF16 weights, but in longer steps where they divide: half the bytes, fewer
-    instructions a weight. 32 columns of FP8 are a sector of memory.
+    instructions a weight.
     """
-    chosen = shared(tokens, intermediate_size, hidden_size, arch)
-    if not warpgroup_products(arch):
-        return chosen
-    if chosen.gate_up.block_rows == 128:
+    if not _few_tiles(tokens, arch):
+        up, down = bf16(tokens, 1, intermediate_size, hidden_size, arch)
+        if not warpgroup_products(arch):
+            return up, down
         # Weights pass through registers: 8 warps for 128 x 128, and two programs an SM, of which
         # one expands while the other multiplies.
         up, down = (
             GemmTile(128, min(t.block_n, 128), t.block_k, 8 if t.block_n >= 128 else 4, 4)
-            for t in (chosen.gate_up, chosen.down)
+            for t in (up, down)
         )
-        return replace(chosen, gate_up=up, down=down)
-    up, down = chosen.gate_up, chosen.down
-    if hidden_size % (128 * chosen.parts) == 0:
-        up = replace(up, block_k=128)
-    # From 32 rows of tokens on the parts that are added take the registers; on sm_100, where a
-    # thread holds whole rows, Triton 3.8 spills with 16 as well.
-    divides = intermediate_size % (64 * chosen.splits) == 0
-    if divides and down.block_rows == 16 and arch < 100:
-        down = replace(down, block_k=64)
-    return replace(chosen, gate_up=up, down=down)
+        return up, down
+    wide = hidden_size % 128 == 0 and warpgroup_products(arch) and tokens <= 64
+    up = _shared_tile(tokens, 128 if wide else 64, arch)
+    return (
+        _split_shared_up(up, tokens, intermediate_size, hidden_size, 1, arch),
+        _shared_down(tokens, intermediate_size, hidden_size, arch),
+    )
+
+
+def _few_tiles(tokens: int, arch: int) -> bool:
+    """Whether the shared expert has fewer tiles than there are SMs, or hardly more.
+
+    On sm_100 the epilogues of 128 x 64 spill with 4 warps and with 8.
+    """
+    return tokens <= (512 if arch < 100 else 64)
+
+
+def _shared_tile(tokens: int, block_k: int, arch: int) -> GemmTile:
+    """64 rows of weights a program, the fewest that a wgmma takes: the most programs."""
+    block_rows = next((rows for rows in (16, 32, 64) if tokens <= rows), 128)
+    if not warpgroup_products(arch):
+        return GemmTile(min(block_rows, 64), 64, block_k, num_warps=4, num_stages=3)
+    stages = 6 if block_rows <= 32 and arch < 100 else 4
+    return GemmTile(block_rows, 64, block_k, num_warps=4, num_stages=stages)
+
+
+def _wanted(tokens: int, arch: int) -> int:
+    """Programs that a shared expert's launch should have: three for two SMs, or nearly one each."""
+    sms = SM_COUNT.get(arch, 148)
+    return 3 * sms // 2 if tokens <= 16 else 7 * sms // 8
+
+
+def _split_shared_up(
+    tile: GemmTile, tokens: int, size: int, columns: int, weight_bytes: int, arch: int
+) -> GemmTile:
+    """Cut K. A part is written and read again in fp32: together at most the bytes of the weights.
+
+    A part has two steps at the least: of a single one the compiler makes loads that wait in
+    registers. The program that is last reads all parts.
+    """
+    programs = ceil_div(2 * size, tile.block_n) * ceil_div(max(tokens, 1), tile.block_rows)
+    most = columns * weight_bytes // (8 * max(tokens, 1))
+    fitting = [
+        s for s in (1, 2, 4, 8) if s == 1 or (s <= most and columns % (2 * tile.block_k * s) == 0)
+    ]
+    enough = [s for s in fitting if programs * s >= _wanted(tokens, arch)]
+    return replace(tile, splits=(enough or fitting[-1:])[0])
+
+
+def _shared_down(tokens: int, size: int, rows: int, arch: int) -> GemmTile:
+    """Cut N. A part of the output is written and read again in fp32: 2 * splits * T * K * 4 bytes
+    stay below the 6 * N * K of the weights."""
+    tile = _shared_tile(tokens, 32, arch)
+    programs = ceil_div(rows, tile.block_n) * ceil_div(max(tokens, 1), tile.block_rows)
+    steps, uneven = divmod(size, tile.block_k)
+    most = 1 if uneven else min(steps // 2, 3 * size // (4 * max(tokens, 1)))
+    fitting = [s for s in range(1, max(most, 1) + 1) if s == 1 or steps % s == 0]
+    enough = [s for s in fitting if programs * s >= _wanted(tokens, arch)]
+    splits = (enough or fitting[-1:])[0]
+    # 64 columns are a line of the swizzled shared memory, where two steps remain.
+    wide = size % (64 * splits) == 0 and size // splits >= 128
+    return replace(tile, block_k=64 if wide else 32, splits=splits)
 
 
 def fp8(
