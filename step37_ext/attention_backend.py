@@ -50,7 +50,8 @@ class Step37AttentionBackend(AttentionBackend):
     """
 
     # With drafts SGLang then leaves `seq_lens_cpu` None where they are verified and made, and waits
-    # for no lengths; prompts, and decoding without drafts, keep theirs, which are exact.
+    # for no lengths. Prompts, and decoding without drafts, keep theirs, and `_longest` reads them
+    # for the width of a table; with STEP37_DEBUG=1 the attention kernels check that it is enough.
     needs_cpu_seq_lens = False
 
     def __init__(self, runner: ModelRunner) -> None:

@@ -85,6 +85,7 @@ ARGUMENTS = tuple(
     for owner, names in {
         "device.Device": ("device", "sleep_on_idle"),
         "exec_.ExecGraph": (
+            "enable_torch_compile",
             "disable_cuda_graph",
             "disable_prefill_cuda_graph",
             "cuda_graph_config",
@@ -102,13 +103,16 @@ ARGUMENTS = tuple(
             "ep_num_redundant_experts",
             "enable_eplb",
         ),
+        "exec_.ExecDeterministic": ("enable_deterministic_inference", "rl_on_policy_target"),
+        "exec_.ExecOffload": ("cpu_offload_gb", "offload_group_size"),
         "exec_.ExecOverlap": ("enable_two_batch_overlap",),
         "disagg.Disagg": ("enable_pdmux",),
         "memory.Memory": ("enable_unified_memory",),
-        "lora.Lora": ("enable_lora",),
+        "lora.Lora": ("enable_lora", "lora_paths"),
         "model.Model": (
             "model_path",
             "revision",
+            "download_dir",
             "model_impl",
             "quantization",
             "model_loader_extra_config",
@@ -284,6 +288,12 @@ MODEL = (
     Seam(
         f"{SRT}.model_loader.loader.post_load_weights",
         "calls the method of that name of a model whose weights are made up",
+        since="0.5.21",
+    ),
+    Seam(
+        f"{SRT}.model_executor.model_runner_components.weight_updater."
+        "_unsupported_derived_weight_cache_error",
+        "reads in the model's modules that it takes no new weights",
         since="0.5.21",
     ),
     Seam(

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.runtime_context import attention_backends, get_model
 
-from step37_ext.checkpoint.location import local_folder
+from step37_ext.checkpoint.location import weights_folder
 from step37_kernels.dispatch import Target
 
 MOE_RUNNER = "step37"
@@ -26,9 +26,9 @@ def moe_runner() -> str:
 
 
 def checkpoint_folder() -> Path | None:
-    """The checkpoint's folder, or None if it is not on this machine."""
+    """The folder with the checkpoint's weights, or None if they are not on this machine."""
     model = get_model()
-    return local_folder(model.model_path, model.revision)
+    return weights_folder(model.model_path, model.revision, model.download_dir)
 
 
 def device_target(device: torch.device, weights: str, dtype: torch.dtype) -> Target:

@@ -52,7 +52,8 @@ CACHE_TYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 FP8_CAPABILITY = (8, 9)
 """From Ada on a GPU converts e4m3."""
 
-_REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave it off
+_REFUSED_ARGUMENTS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    # Server argument, its flag, and the values that leave it off.
     ("pp_size", "--pp-size", (1,)),
     ("enable_dp_attention", "--enable-dp-attention", (False, None)),
     ("attn_dp_size", "--attn-dp-size", (1, None)),
@@ -63,12 +64,22 @@ _REFUSED_ARGUMENTS = (  # server argument, its flag, and the values that leave i
     ("ep_num_redundant_experts", "--ep-num-redundant-experts", (0, None)),
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False, None)),
     ("enable_lora", "--enable-lora", (False, None)),
+    ("lora_paths", "--lora-paths", (None, [])),  # which turns LoRA on after this check
     ("enable_eplb", "--enable-eplb", (False, None)),
     ("enable_layernorm_sp", "--enable-layernorm-sp", (False, None)),
-    # Our page tables need the table from full to sliding slots, which its pools do without.
+    # Our page tables need the table from full to sliding slots, which its pools do without; with
+    # another attention backend it was not run.
     ("enable_unified_memory", "--enable-unified-memory", (False, None)),
     # Two streams would count at the same places while they add up what FP8 layers split.
     ("enable_pdmux", "--enable-pdmux", (False, None)),
+    # Our kernels divide a sum into parts by the number of tokens of a pass.
+    ("enable_deterministic_inference", "--enable-deterministic-inference", (False, None)),
+    ("rl_on_policy_target", "--rl-on-policy-target", (None,)),
+    # SGLang offloads the layers that its own models make, and would leave ours where they are.
+    ("cpu_offload_gb", "--cpu-offload-gb", (0, None)),
+    ("offload_group_size", "--offload-group-size", (-1, 0, None)),
+    # Our launches inside what torch.compile traces were not run.
+    ("enable_torch_compile", "--enable-torch-compile", (False, None)),
 )
 
 _MOE_RUNNERS = (

@@ -70,3 +70,21 @@ def test_a_kernel_that_is_wrong_or_fails_is_found(monkeypatch: pytest.MonkeyPatc
     assert "relative error 0.1" in checks["attend", "fp8 cache, decode"].problem
     assert "TypeError" in checks["route", "-"].problem and checks["route", "-"].error is None
     assert checks["experts", "nvfp4"].passed
+
+
+def test_what_cannot_even_be_made_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    for maker in ("_route", "_fp8", "_linear", "_cache", "_values", "_batch", "_page_tables"):
+        monkeypatch.setattr(self_test, maker, fail)
+    problems = [c.problem for c in self_test.run_checks(CPU) if c.operation != "activation"]
+    assert len(problems) == 14 and all("no kernel image" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "capability, caches", [((8, 0), ["bf16"]), ((8, 9), ["bf16", "fp8"]), (None, ["bf16", "fp8"])]
+)
+def test_an_fp8_cache_is_tried_where_a_server_takes_it(capability, caches) -> None:
+    of = self_test._caches(Target("cuda" if capability else "cpu", capability, "-"))
+    assert [name for name, _ in of] == caches

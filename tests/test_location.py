@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 
-from step37_ext import hooks
-from step37_ext.checkpoint.location import folder_with_configs, local_folder
+from step37_ext import hooks, server_facts
+from step37_ext.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+from step37_ext.checkpoint.location import folder_with_configs, local_folder, weights_folder
 
 REPOSITORY = "step37-tests/untrained-nvfp4"
 
@@ -32,6 +33,23 @@ def test_where_a_checkpoint_is(cached, untrained):
     assert local_folder(str(untrained["bf16"])) == untrained["bf16"]
     for absent in ("step37-tests/nothing", "no repository's name"):
         assert local_folder(absent) is None and folder_with_configs(absent) is None
+
+
+def test_weights_are_where_they_were_downloaded_to(cached, untrained, tmp_path, monkeypatch):
+    """SGLang keeps config files in the hub's cache, and puts weights under --download-dir."""
+    assert weights_folder(REPOSITORY) is None  # configs alone are no weights
+    there = tmp_path / "there"
+    snapshot = there.joinpath(*cached.relative_to(tmp_path).parts)
+    shutil.copytree(untrained["nvfp4"], snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    server = SimpleNamespace(model_path=REPOSITORY, revision=None, download_dir=str(there))
+    monkeypatch.setattr(server_facts, "get_model", lambda: server)
+    assert server_facts.checkpoint_folder() == snapshot
+    (snapshot / INDEX_FILE).rename(snapshot / SINGLE_FILE)  # a checkpoint of one file
+    assert server_facts.checkpoint_folder() == snapshot
+    server.download_dir = None
+    assert server_facts.checkpoint_folder() is None
 
 
 def test_a_repository_is_checked_before_its_weights_are_there(cached, monkeypatch):

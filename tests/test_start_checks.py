@@ -205,6 +205,28 @@ def test_refused_arguments():
         check_refused_arguments(arguments(moe_a2a_backend="deepep"))
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lora_paths", ["adapter"]),
+        ("enable_deterministic_inference", True),
+        ("rl_on_policy_target", "fsdp"),
+        ("cpu_offload_gb", 4),
+        ("offload_group_size", 2),
+        ("enable_torch_compile", True),
+    ],
+)
+def test_what_would_be_ignored_or_done_wrong_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"support --{name.replace('_', '-')} .here"):
+        check_refused_arguments(arguments(**{name: value}))
+
+
+def test_sglang_s_defaults_are_not_refused():
+    """SGLang's own defaults, as its argument parser gives them; [] is no LoRA adapter too."""
+    check_refused_arguments(ServerArgs(model_path="model"))
+    check_refused_arguments(arguments(lora_paths=[]))
+
+
 def test_refused_arguments_are_server_arguments():
     """A renamed one would be refused no more, without anyone noticing."""
     known = set(field_names(ServerArgs))

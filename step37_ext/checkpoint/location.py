@@ -8,24 +8,49 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from step37_ext.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+
 logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ("config.json", "hf_quant_config.json")
 
 
 def local_folder(model_path: str, revision: str | None = None) -> Path | None:
-    """The folder with what is here of a checkpoint, or None if nothing is.
+    """The folder with a checkpoint's config files, or None if they are not here.
 
     Args:
         model_path: a folder, or a repository's name.
     """
+    return _folder_with(("config.json",), model_path, revision, None)
+
+
+def weights_folder(
+    model_path: str, revision: str | None = None, download_dir: str | None = None
+) -> Path | None:
+    """The folder with a checkpoint's weights, or None if they are not here.
+
+    Args:
+        model_path: a folder, or a repository's name.
+        download_dir: where SGLang puts a repository's weights, and nothing else, in place of the
+            hub's cache.
+    """
+    return _folder_with((INDEX_FILE, SINGLE_FILE), model_path, revision, download_dir)
+
+
+def _folder_with(
+    files: tuple[str, ...], model_path: str, revision: str | None, cache_dir: str | None
+) -> Path | None:
+    """`model_path` itself, or its snapshot in a cache with one of `files`."""
     if Path(model_path).is_dir():
         return Path(model_path)
-    try:
-        config = try_to_load_from_cache(model_path, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(config).parent if isinstance(config, str) else None
+    for file in files:
+        try:
+            found = try_to_load_from_cache(model_path, file, cache_dir=cache_dir, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def folder_with_configs(model_path: str, revision: str | None = None) -> Path | None:

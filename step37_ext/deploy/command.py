@@ -9,19 +9,20 @@ from pathlib import Path
 import step37_ext
 from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO, release
 from step37_ext.deploy.plans import Plan
-from step37_ext.model.dense_format import DENSE_FORMATS, DENSE_VARIABLE
+from step37_ext.model.dense_format import DENSE_VARIABLE, has_to_be_named
 
 MODELS = {
     "bf16": "stepfun-ai/Step-3.7-Flash",
     "fp8": "stepfun-ai/Step-3.7-Flash-FP8",
     "nvfp4": "stepfun-ai/Step-3.7-Flash-NVFP4",
 }
-IMAGE = "lmsysorg/sglang:dev-step-3.7-flash"
-"""The image of the model's deployment page."""
+IMAGE = "lmsysorg/sglang:v0.5.23"
+"""SGLang's image of the version that this package is run with."""
 
 IMAGE_NOTE = (
-    f"{IMAGE} is the image of the model's deployment page; its tag may have been replaced by "
-    "lmsysorg/sglang:latest. This package needs SGLang 0.5.20 or later and says so in an older one."
+    f"{IMAGE} stands for SGLang's image of the version that this package is run with; whether its "
+    "registry has that tag was not checked. Any image with SGLang 0.5.20 or later will do; an "
+    "older SGLang is refused."
 )
 HEAD_NODE = "HEAD_NODE:20000"
 """Where the nodes meet; a user puts the first node's address in its place."""
@@ -33,7 +34,7 @@ _MOUNTED_AT = "/step37-ext"
 def environment(plan: Plan) -> dict[str, str]:
     """Environment variables that every node's server needs."""
     dense = plan.request.dense_weights
-    return {} if dense == DENSE_FORMATS[0] else {DENSE_VARIABLE: dense}
+    return {DENSE_VARIABLE: dense} if has_to_be_named(dense) else {}
 
 
 def serve_command(plan: Plan, node_rank: int = 0) -> list[str]:
@@ -87,7 +88,7 @@ def _limits(plan: Plan) -> list[str]:
 
 
 def docker_command(serve: list[str], variables: Mapping[str, str]) -> list[str]:
-    """Arguments of `docker run` that install this package in the page's image and serve.
+    """Arguments of `docker run` that install this package in SGLang's image and serve.
 
     Args:
         serve: of `serve_command`.

@@ -16,7 +16,7 @@ from step37_ext.deploy.estimate import LAUNCH_US, REACHED, Estimate, estimate
 from step37_ext.deploy.hardware import GIB
 from step37_ext.deploy.memory import DEFAULT_SLIDING_RATIO, release
 from step37_ext.deploy.plans import Plan, Request
-from step37_ext.model.dense_format import DENSE_FORMATS
+from step37_ext.model.dense_format import has_to_be_named
 
 _PARTS = {
     "experts": "routed experts",
@@ -179,7 +179,7 @@ def plan_command(request: Request) -> list[str]:
         if (value := getattr(request, name)) is not None:
             command += [f"--{name}", str(value)]
     command += [f"--{x}" for x in ("reasoning", "tools", "mtp") if getattr(request, x)]
-    if request.dense_weights != DENSE_FORMATS[0]:
+    if has_to_be_named(request.dense_weights):
         command += ["--dense-weights", request.dense_weights]
     return command
 

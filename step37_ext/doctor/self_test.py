@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from step37_kernels import dispatch, implementations  # noqa: F401  (makes the kernels known)
+from step37_kernels import dispatch
 from step37_kernels.dispatch import Target
 from step37_kernels.expert_weights import (
     BF16Experts,
@@ -19,6 +20,7 @@ from step37_kernels.expert_weights import (
     on_device,
 )
 from step37_kernels.formats import fp8_block, nvfp4
+from step37_kernels.implementations import LEAST_CAPABILITY  # and makes the kernels known
 from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
@@ -61,28 +63,34 @@ def run_checks(target: Target) -> list[Check]:
     """Run every operation that has kernels, with the implementation that a server would use."""
     device = torch.device(target.device_type)
     torch.manual_seed(0)
-    checks = [_check("route", "-", target, _route(device))]
-    for weights in (_bf16(), _fp8(), _nvfp4()):
-        checks.append(_check("experts", weights.format, target, _experts(weights, device)))
-    checks.append(_check("activation", "bf16", target, _activation(device)))
-    checks.append(_check("linear", "fp8", target, _linear(device)))
+    checks = [_check("route", "-", target, partial(_route, device))]
+    for kind, weights in (("bf16", _bf16), ("fp8", _fp8), ("nvfp4", _nvfp4)):
+        checks.append(_check("experts", kind, target, partial(_experts, weights, device)))
+    checks.append(_check("activation", "bf16", target, partial(_activation, device)))
+    checks.append(_check("linear", "fp8", target, partial(_linear, device)))
     for kind in ("bf16", "fp8"):
-        checks.append(_check("shared_expert", kind, target, _shared(kind, device)))
-    checks.append(_check("page_tables", "-", target, _page_tables(device)))
-    for cache in (torch.bfloat16, torch.float8_e4m3fn):
-        name = "bf16" if cache == torch.bfloat16 else "fp8"
-        checks.append(_check("prologue", f"{name} cache", target, _prologue(cache, device)))
+        checks.append(_check("shared_expert", kind, target, partial(_shared, kind, device)))
+    checks.append(_check("page_tables", "-", target, partial(_page_tables, device)))
+    for name, cache in _caches(target):
+        made = partial(_prologue, cache, device)
+        checks.append(_check("prologue", f"{name} cache", target, made))
         for queries in (None, 3):
             of = f"{name} cache, {'decode' if queries is None else 'prefill'}"
-            checks.append(_check("attend", of, target, _attend(cache, queries, device)))
+            checks.append(_check("attend", of, target, partial(_attend, cache, queries, device)))
     return checks
+
+
+def _caches(target: Target) -> list[tuple[str, torch.dtype]]:
+    """Types of KV cache that a server starts with: it refuses FP8 where a GPU cannot convert it."""
+    fp8 = target.capability is None or target.capability >= LEAST_CAPABILITY["fp8"]
+    return [("bf16", torch.bfloat16)] + [("fp8", torch.float8_e4m3fn)] * fp8
 
 
 _Run = Callable[[dispatch.Implementation], tuple[Tensor, Tensor]]
 
 
-def _check(operation: str, what: str, target: Target, run: _Run) -> Check:
-    """Choose, run and compare; whatever goes wrong is the check's result."""
+def _check(operation: str, what: str, target: Target, make: Callable[[], _Run]) -> Check:
+    """Make inputs, choose, run and compare; whatever goes wrong is the check's result."""
     started = time.monotonic()
     kind = what if what in ("bf16", "fp8", "nvfp4") else "-"
     name, error, problem = "none", None, ""
@@ -91,7 +99,7 @@ def _check(operation: str, what: str, target: Target, run: _Run) -> Check:
             operation, Target(target.device_type, target.capability, kind, target.dtype)
         )
         name = chosen.name
-        got, expected = (t.float().cpu() for t in run(chosen))
+        got, expected = (t.float().cpu() for t in make()(chosen))
         error = float((got - expected).norm() / expected.norm())
         if not error <= TOLERANCE:  # NaN too
             problem = f"relative error {error:.2g}, at most {TOLERANCE:.2g}"
@@ -112,8 +120,8 @@ def _route(device: torch.device) -> _Run:
     return lambda chosen: (chosen(*arguments)[0], route(*arguments)[0])
 
 
-def _experts(weights: ExpertWeights, device: torch.device) -> _Run:
-    moved = on_device(weights, device)
+def _experts(weights: Callable[[], ExpertWeights], device: torch.device) -> _Run:
+    moved = on_device(weights(), device)
     hidden, topk_weights, ids = _batch(device)
     expected = experts(hidden.float(), moved, topk_weights, ids, 1.0)
     return lambda chosen: (

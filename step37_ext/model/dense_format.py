@@ -20,3 +20,8 @@ def dense_format() -> str:
     if asked not in DENSE_FORMATS:
         raise ValueError(f"{DENSE_VARIABLE} is {asked!r}, expected {' or '.join(DENSE_FORMATS)}")
     return asked
+
+
+def has_to_be_named(dense: str) -> bool:
+    """Whether a server or command started from here uses another format, unless told `dense`."""
+    return dense != DENSE_FORMATS[0] or dense != (os.environ.get(DENSE_VARIABLE) or dense)

@@ -37,6 +37,12 @@ class DecoderLayer(nn.Module):
     Its number in the KV cache is `cache_layer`, unless that is the layer's own.
     """
 
+    # SGLang, which looks for it in every module, then refuses an update before it writes anything.
+    _derived_weight_cache_error = (
+        "--model-impl step37 cannot take new weights: they were laid out for their kernels when "
+        "the model was loaded, and recorded CUDA graphs hold their places; start the server again"
+    )
+
     def __init__(
         self,
         text: TextShape,

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from step37_ext.cli import main
+from step37_ext.compat import NEWEST_CHECKED
 from step37_ext.deploy.report import plan_command, print_rows
 
 H200 = "--gpu h200 --count 1 --quant nvfp4"
@@ -52,9 +53,19 @@ def test_dense_weights_are_a_variable_before_the_command():
     assert again == shown
 
 
+@pytest.mark.parametrize("arguments", [H200, f"{TOO_LITTLE} --dense-weights bf16"])
+def test_dense_weights_win_over_the_variable_in_all_that_is_said(arguments, monkeypatch):
+    monkeypatch.setenv("STEP37_DENSE_WEIGHTS", "fp8")
+    plan = json.loads(step37(f"command {arguments} --dense-weights bf16 --json").output)
+    assert plan["request"]["dense_weights"] == "bf16"
+    assert plan["environment"] == {"STEP37_DENSE_WEIGHTS": "bf16"}
+    assert all(command[-2:] == ["--dense-weights", "bf16"] for command in plan["nearest"])
+    assert plan["fits"] or plan["nearest"]
+
+
 def test_docker_and_its_note():
     output = step37(f"command {H200} --docker").output
-    assert "lmsysorg/sglang:dev-step-3.7-flash" in output and "lmsysorg/sglang:latest" in output
+    assert f"lmsysorg/sglang:v{NEWEST_CHECKED}" in output and "was not checked" in output
 
 
 def test_json():
@@ -145,6 +156,13 @@ def test_serve_becomes_the_printed_command(run, tmp_path):
     assert result.stdout == "dense weights: fp8\n"
     assert plan["environment"] == {"STEP37_DENSE_WEIGHTS": "fp8"}
     assert "STEP37_DENSE_WEIGHTS=fp8 " + " ".join(printed) in result.stderr
+
+
+def test_serve_tells_the_server_what_was_planned_whatever_is_exported(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEP37_DENSE_WEIGHTS", "fp8")
+    result, _ = run(f"serve {H200} --dense-weights bf16", tmp_path)
+    assert result.stdout == "dense weights: bf16\n"
+    assert result.stderr.startswith("STEP37_DENSE_WEIGHTS=bf16 sglang serve ")
 
 
 def test_serve_does_not_start_what_does_not_fit(run, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from step37_ext.deploy.command import MODELS, docker_command, in_shell, serve_command
+from step37_ext.deploy.command import IMAGE, MODELS, docker_command, in_shell, serve_command
 from step37_ext.deploy.hardware import static_fraction
 from step37_ext.deploy.memory import release_config
 from step37_ext.deploy.plans import Plan, Request, make_plan
@@ -159,7 +159,7 @@ def test_docker_runs_the_same_command():
     plan = make_plan(replace(PAGE[0], quant="nvfp4"))
     serve = serve_command(plan)
     docker = docker_command(serve, {"STEP37_DENSE_WEIGHTS": "fp8"})
-    assert docker[:2] == ["docker", "run"] and "lmsysorg/sglang:dev-step-3.7-flash" in docker
+    assert docker[:2] == ["docker", "run"] and IMAGE in docker
     assert "--gpus all --shm-size=32g --ipc=host --network=host" in " ".join(docker)
     assert docker[-2] == "-c" and docker[-1].endswith("exec " + " ".join(serve))
     assert "STEP37_DENSE_WEIGHTS=fp8" in [docker[i + 1] for i, w in enumerate(docker) if w == "-e"]
