@@ -37,6 +37,15 @@ PAGE = [
     )
 ]
 ARCHITECTURES = {"Hopper": 90, "Blackwell": 100}
+ON_A_GPU = {
+    "device": "cuda",
+    "attention_backend": "step37",
+    "moe_runner_backend": "step37",
+    "disable_flashinfer_autotune": True,
+    "decode_graphs": "full",
+    "prefill_graphs": "disabled",
+}
+"""What every start of ours gets there."""
 DRAFTING = 48
 """SGLang's default of --max-running-requests with drafts."""
 OTHERS = [
@@ -108,12 +117,7 @@ def test_sglang_reads_what_was_planned(resolved, request_):
         "ep_size": plan.parallel.ep_size,
         "nnodes": request_.nodes,
         "model_impl": "step37",
-        "device": "cuda",
-        "attention_backend": "step37",
-        "moe_runner_backend": "step37",
-        "disable_flashinfer_autotune": True,
-        "decode_graphs": "full",
-        "prefill_graphs": "disabled",
+        **ON_A_GPU,
         "trust_remote_code": True,
         "context_length": request_.context,
         "max_running_requests": request_.concurrency or (DRAFTING if request_.mtp else MAX_BATCH),
@@ -135,12 +139,7 @@ def test_a_bare_start_gets_our_backends_and_graphs(resolved, start, arch):
     read = resolved[start, arch]
     assert isinstance(read, dict), read
     expected = {
-        "device": "cuda",
-        "attention_backend": "step37",
-        "moe_runner_backend": "step37",
-        "disable_flashinfer_autotune": True,
-        "decode_graphs": "full",
-        "prefill_graphs": "disabled",
+        **ON_A_GPU,
         "max_running_requests": DRAFTING if start == "drafts" else MAX_BATCH,
     }
     assert {name: read[name] for name in expected} == expected
