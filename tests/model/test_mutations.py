@@ -53,9 +53,14 @@ def shared_clamp_before_silu(patch: pytest.MonkeyPatch, layer: Any) -> None:
 
 
 def window_longer(patch: pytest.MonkeyPatch, layer: Any, by: int) -> None:
+    from step37_ext.attention_backend import Step37AttentionBackend
+
     attention = layer.self_attn.attn
     if attention.sliding_window_size >= 0:
         patch.setattr(attention, "sliding_window_size", attention.sliding_window_size + by)
+        # The backend, which fills the pages of its own window only, is mistaken in the same way.
+        wrong = property(lambda backend: vars(backend)["window"] + by)
+        patch.setattr(Step37AttentionBackend, "window", wrong, raising=False)
 
 
 def cache_scale_of_one(patch: pytest.MonkeyPatch, layer: Any, which: str) -> None:
