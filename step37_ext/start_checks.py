@@ -33,6 +33,7 @@ from step37_ext.model.tensors import (
 )
 from step37_ext.quantization import CheckpointFormat, check_flag, checkpoint_format
 from step37_kernels.attention.pages import MAX_BATCH
+from step37_kernels.experts.formats import least_arch
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ DEFAULT_DRAFTS = 3
 """What SGLang sets --speculative-num-steps to for this model."""
 
 CACHE_TYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
-FP8_CAPABILITY = (8, 9)
+FP8_CAPABILITY = divmod(least_arch("fp8", "same"), 10)
 """From Ada on a GPU converts e4m3."""
 
 _REFUSED_ARGUMENTS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (

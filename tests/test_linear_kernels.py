@@ -11,7 +11,7 @@ from step37_kernels.formats import fp8_block
 from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import counted
 from step37_kernels.linear import linear, widened
-from step37_kernels.linear_tiles import FUSED_TOKENS, LinearTiles, warpgroup_products
+from step37_kernels.linear_tiles import FUSED_TOKENS, warpgroup_products
 from step37_kernels.linear_tiles import linear as choose
 from step37_kernels.reference.linear import linear as reference
 
@@ -62,7 +62,7 @@ def test_every_way_to_cut_it(
 ) -> None:
     torch.manual_seed(rows + columns)
     weight, x = quantized(rows, columns), torch.randn(tokens, columns).bfloat16()
-    held, chosen = on(device, weight), LinearTiles(GemmTile(*tile, 4, 3), splits)
+    held, chosen = on(device, weight), GemmTile(*tile, 4, 3, splits)
     with counted() as launches:
         got = linear(x.to(device), held, chosen)
     assert launches == ["linear_fp8_kernel"]
@@ -100,14 +100,14 @@ def test_the_parts_are_added_in_their_order_whoever_is_last(device: torch.device
     x = torch.zeros(1, 192)
     x[:, 0], x[:, 64], x[:, 128] = 2.0**52, 2.0**52, 1
     held = on(device, fp8_block.quantize_rows(columns))
-    got = linear(x.bfloat16().to(device), held, LinearTiles(GemmTile(16, 64, 64, 4, 3), 3))
+    got = linear(x.bfloat16().to(device), held, GemmTile(16, 64, 64, 4, 3, 3))
     assert (got == 1).all()
 
 
 def test_a_token_does_not_see_its_neighbours(device: torch.device) -> None:
     torch.manual_seed(6)
     held, x = on(device, quantized(64, 256)), torch.randn(9, 256).bfloat16().to(device)
-    tiles = LinearTiles(GemmTile(16, 64, 128, 4, 3), 2)
+    tiles = GemmTile(16, 64, 128, 4, 3, 2)
     clean, dirty = linear(x, held, tiles), x.clone()
     dirty[4, 7], dirty[6, 200] = float("nan"), float("inf")
     got = linear(dirty, held, tiles)
@@ -135,14 +135,15 @@ def test_bad_input_is_refused_before_a_launch() -> None:
             linear(x.T.contiguous().T, weight)
         with pytest.raises(ValueError, match="weight is on cpu, expected meta"):
             linear(x.to("meta"), weight)
-        for tile, splits in ((GemmTile(16, 64, 64, 4, 3), 2), (GemmTile(16, 64, 32, 4, 3), 3)):
-            with pytest.raises(ValueError, match=f"splits is {splits}, expected 1 for 3 tokens"):
-                linear(x, weight, LinearTiles(tile, splits))
+        for tile in (GemmTile(16, 64, 64, 4, 3, 2), GemmTile(16, 64, 32, 4, 3, 3)):
+            message = f"splits is {tile.splits}, expected 1 for 3 tokens"
+            with pytest.raises(ValueError, match=message):
+                linear(x, weight, tile)
         with pytest.raises(ValueError, match="splits is 2, expected 1 for 20 tokens in blocks"):
             linear(
                 torch.zeros(20, 64, dtype=torch.bfloat16),
                 weight,
-                LinearTiles(GemmTile(16, 64, 32, 4, 3), 2),
+                GemmTile(16, 64, 32, 4, 3, 2),
             )
     assert not launches
 
@@ -164,12 +165,11 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may 
 def test_tiles_fit_the_shapes(arch: int) -> None:
     for rows, columns in SHAPES:
         for tokens in (0, 1, 16, 17, 32, 64, 65, 128, 129, FUSED_TOKENS):
-            chosen = choose(tokens, rows, columns, arch)
-            tile = chosen.tile
-            assert columns % (chosen.splits * tile.block_k) == 0
-            assert chosen.splits == 1 or tokens <= tile.block_rows
+            tile = choose(tokens, rows, columns, arch)
+            assert columns % (tile.splits * tile.block_k) == 0
+            assert tile.splits == 1 or tokens <= tile.block_rows
             # Parts are written and read in fp32: at most a quarter of the weights' bytes.
-            assert chosen.splits == 1 or 4 * 8 * chosen.splits * tokens <= columns
+            assert tile.splits == 1 or 4 * 8 * tile.splits * tokens <= columns
             step = tile.block_n + 2 * tile.block_rows
             assert tile.num_stages * step * tile.block_k <= SHARED_MEMORY[arch] * 1024
             assert tile.block_n >= 64  # the counters of `FP8Words` are one for each 64 rows
@@ -179,7 +179,7 @@ def test_tiles_fit_the_shapes(arch: int) -> None:
 def test_one_token_has_work_for_every_sm() -> None:
     for rows, columns in SHAPES:
         chosen = choose(1, rows, columns, 90)
-        programs = -(-rows // chosen.tile.block_n) * chosen.splits
+        programs = -(-rows // chosen.block_n) * chosen.splits
         # 1408 columns, of a dense layer at TP=8, are 11 steps, which do not divide.
         assert programs >= (64 if columns == 1408 else 132), (rows, columns, chosen)
         # More than needed are more parts to add, and more than three an SM wait for another.

@@ -17,6 +17,7 @@ from step37_kernels.attention.attend import attend
 from step37_kernels.attention.page_tables import page_tables
 from step37_kernels.attention.prologue import prologue
 from step37_kernels.dispatch import Target, register
+from step37_kernels.experts.formats import least_arch
 from step37_kernels.experts.layer import experts, prepare
 from step37_kernels.experts.shared_expert import prepare as prepare_matrix
 from step37_kernels.experts.shared_expert import shared_expert
@@ -24,16 +25,13 @@ from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.linear import linear
 from step37_kernels.route import route
 
-LEAST_CAPABILITY = {"bf16": (8, 0), "nvfp4": (8, 0), "fp8": (8, 9), "-": (8, 0)}
-"""bf16 products are had from Ampere on, conversions from e4m3 from Ada on."""
-
 
 def _on_a_gpu(target: Target) -> tuple[bool, str]:
     if target.device_type != "cuda" or target.capability is None:
         return False, "needs an NVIDIA GPU"
     if target.dtype != torch.bfloat16:
         return False, f"computes in bfloat16, the model in {target.dtype}"
-    least = LEAST_CAPABILITY[target.weight_format]
+    least = divmod(least_arch(target.weight_format, "same"), 10)
     have = f"sm_{target.capability[0]}{target.capability[1]}"
     if target.capability < least:
         return False, f"needs sm_{least[0]}{least[1]} or later, this is {have}"

@@ -19,10 +19,11 @@ from step37_kernels.experts.e4m3_words import weight_tile
 from step37_kernels.experts.gemm_arguments import check_device, tile_options
 from step37_kernels.experts.grouped_bf16 import sum_over_columns
 from step37_kernels.experts.split_k import added, is_last
+from step37_kernels.experts.tiles import GemmTile
 from step37_kernels.formats.fp8_words import FP8Words
 from step37_kernels.launch import launch
-from step37_kernels.linear_tiles import FUSED_TOKENS, LinearTiles
-from step37_kernels.linear_tiles import linear as choose_tiles
+from step37_kernels.linear_tiles import FUSED_TOKENS
+from step37_kernels.linear_tiles import linear as choose_tile
 
 WIDENED_ROWS, WIDENED_COLUMNS = 32, 256
 
@@ -90,7 +91,7 @@ def widen_fp8_kernel(
     tl.store(target, w.to(tl.bfloat16), mask=stored)
 
 
-def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Tensor:
+def linear(x: Tensor, weight: FP8Words, tile: GemmTile | None = None) -> Tensor:
     """x @ weight^T with BF16 products and sums in fp32.
 
     One launch up to `linear_tiles.FUSED_TOKENS` tokens; above that one that expands the weights to
@@ -100,7 +101,7 @@ def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Ten
     Args:
         x: bf16 [T, K], contiguous; T may be 0.
         weight: [N, K], K a multiple of 16. Calls with the same weight may not overlap.
-        tiles: None takes those of `linear_tiles.linear`; given, they serve any number of tokens.
+        tile: None takes that of `linear_tiles.linear`; given, it serves any number of tokens.
 
     Returns:
         bf16 [T, N]; every product is exact, the scaled sum is rounded once.
@@ -112,10 +113,10 @@ def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Ten
     require("x", x, (None, weight.shape[1]), (torch.bfloat16,), contiguous=True)
     check_device("weight", weight.words, x.device)
     tokens, (rows, columns) = x.shape[0], weight.shape
-    chosen = tiles or linear_tiles(tokens, rows, columns, arch_of(x))
-    if chosen is None:
+    tile = tile or linear_tile(tokens, rows, columns, arch_of(x))
+    if tile is None:
         return x @ widened(weight).T
-    tile, splits = chosen.tile, chosen.splits
+    splits = tile.splits
     if splits > 1 and (tokens > tile.block_rows or columns % (splits * tile.block_k)):
         raise ValueError(
             f"splits is {splits}, expected 1 for {tokens} tokens in blocks of {tile.block_rows} "
@@ -132,9 +133,9 @@ def linear(x: Tensor, weight: FP8Words, tiles: LinearTiles | None = None) -> Ten
     return out
 
 
-def linear_tiles(tokens: int, rows: int, columns: int, arch: int) -> LinearTiles | None:
-    """The tiles for so many tokens, None where the weights `[rows, columns]` are expanded first."""
-    return None if tokens > FUSED_TOKENS else choose_tiles(tokens, rows, columns, arch)
+def linear_tile(tokens: int, rows: int, columns: int, arch: int) -> GemmTile | None:
+    """The tile for so many tokens, None where the weights `[rows, columns]` are expanded first."""
+    return None if tokens > FUSED_TOKENS else choose_tile(tokens, rows, columns, arch)
 
 
 def widened(weight: FP8Words) -> Tensor:

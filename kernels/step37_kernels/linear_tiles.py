@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from step37_kernels.checks import ceil_div
 from step37_kernels.experts.tiles import SM_COUNT, GemmTile, warpgroup_products
@@ -19,21 +19,10 @@ MOST_SPLITS = 16
 """The last program of a tile reads all parts, one after the other."""
 
 
-@dataclass(frozen=True)
-class LinearTiles:
-    """The tile of a linear layer, and into how many sums its K is split.
+def linear(tokens: int, rows: int, columns: int, arch: int) -> GemmTile:
+    """The tile of a linear layer whose weights are expanded in registers.
 
-    Args:
-        tile: block_n counts rows of the weights.
-        splits: 1 writes the output at once; more need all tokens in one block of the tile.
-    """
-
-    tile: GemmTile
-    splits: int
-
-
-def linear(tokens: int, rows: int, columns: int, arch: int) -> LinearTiles:
-    """Tiles of a linear layer whose weights are expanded in registers.
+    Its splits of K need all tokens in one of its blocks.
 
     Args:
         tokens: T.
@@ -49,14 +38,14 @@ def linear(tokens: int, rows: int, columns: int, arch: int) -> LinearTiles:
     # One warp of a program for each scheduler leaves slots unused while it waits: three programs
     # for two SMs where there is little to multiply, else nearly one for each.
     wanted = 3 * sms // 2 if block_rows == 16 else 7 * sms // 8
-    found: list[tuple[int, LinearTiles]] = []
+    found: list[tuple[int, GemmTile]] = []
     for block_n in (128, 64):  # 128 rows share a tile of tokens, and take fewer instructions
         tile = _tile(block_rows, block_n, columns, arch)
         programs = ceil_div(rows, tile.block_n) * blocks
         for splits in _splits(tokens, columns, tile) if blocks == 1 else [1]:
             if programs * splits >= wanted:
-                return LinearTiles(tile, splits)
-            found.append((programs * splits, LinearTiles(tile, splits)))
+                return replace(tile, splits=splits)
+            found.append((programs * splits, replace(tile, splits=splits)))
     return max(found, key=lambda one: one[0])[1]
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from step37_kernels import dispatch
+from step37_kernels import dispatch, implementations  # noqa: F401  (makes the kernels known)
 from step37_kernels.dispatch import Target
 from step37_kernels.expert_weights import (
     BF16Experts,
@@ -19,8 +19,8 @@ from step37_kernels.expert_weights import (
     NVFP4Experts,
     on_device,
 )
+from step37_kernels.experts.formats import least_arch
 from step37_kernels.formats import fp8_block, nvfp4
-from step37_kernels.implementations import LEAST_CAPABILITY  # and makes the kernels known
 from step37_kernels.reference.activation import swiglu_step
 from step37_kernels.reference.attention import attend, prologue_into_cache
 from step37_kernels.reference.experts import experts
@@ -82,7 +82,7 @@ def run_checks(target: Target) -> list[Check]:
 
 def _caches(target: Target) -> list[tuple[str, torch.dtype]]:
     """Types of KV cache that a server starts with: it refuses FP8 where a GPU cannot convert it."""
-    fp8 = target.capability is None or target.capability >= LEAST_CAPABILITY["fp8"]
+    fp8 = target.capability is None or target.capability >= divmod(least_arch("fp8", "same"), 10)
     return [("bf16", torch.bfloat16)] + [("fp8", torch.float8_e4m3fn)] * fp8
 
 

@@ -30,7 +30,7 @@ from step37_kernels.experts.layer import expert_tiles
 from step37_kernels.experts.shared_expert import shared_tiles
 from step37_kernels.experts.sort import sort_chunk
 from step37_kernels.launch import Launch
-from step37_kernels.linear import linear_tiles
+from step37_kernels.linear import linear_tile
 from step37_kernels.route import route_tile
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def _linear_tiles(projection: Any, operation: Any, arch: int) -> list[Tile]:
     if operation is None:
         return []
     rows, columns = projection.weight.shape
-    return [lambda tokens: linear_tiles(tokens, rows, columns, arch)]
+    return [lambda tokens: linear_tile(tokens, rows, columns, arch)]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

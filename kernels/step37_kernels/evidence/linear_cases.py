@@ -81,8 +81,8 @@ def _linear(arch: int, name: str, rows: int, columns: int) -> Iterator[Case]:
     weight = _words(rows, columns)
     for tokens in TOKENS if name in ("qkv", "qkv TP=4") else TOKENS[:1]:
         chosen, x = choose(tokens, rows, columns, arch), meta(tokens, columns)
-        limits = _limits(chosen.tile, columns // chosen.splits, arch)
-        if columns // chosen.splits <= 2 * chosen.tile.block_k:
+        limits = _limits(chosen, columns // chosen.splits, arch)
+        if columns // chosen.splits <= 2 * chosen.block_k:
             # All loads are on their way at once; what is not the loop is not per weight.
             limits = replace(limits, per_unit=None, reason="one or two steps")
         yield Case(

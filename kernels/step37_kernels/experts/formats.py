@@ -17,7 +17,10 @@ def multiplied_as(activations: str) -> str:
 
 
 def least_arch(weights: str, activations: str) -> int:
-    """The first architecture that has the products: 90 for sm_90 and so on."""
+    """The first architecture that has the products: 90 for sm_90 and so on.
+
+    bf16 products are had from Ampere on, conversions from e4m3 from Ada on.
+    """
     if activations == "nvfp4":
         return 100
     return 89 if "fp8" in (weights, activations) else 80

@@ -81,8 +81,13 @@ def split_buffers(
     if routing.arrived is None:
         raise ValueError(f"routing.arrived is None, expected counters for {tile.splits} splits")
     require("routing.arrived", routing.arrived, (blocks, tiles), (torch.int32,), contiguous=True)
-    shape = (blocks * tiles, tile.splits, tile.block_rows, tile.block_n)
-    return routing.arrived.new_empty(shape, dtype=torch.float32), routing.arrived
+    return new_parts(tile, blocks * tiles, routing.arrived), routing.arrived
+
+
+def new_parts(tile: GemmTile, tiles: int, like: Tensor) -> Tensor:
+    """fp32 [tiles, splits, block_rows, block_n] on like's device, for `split_k.sum_of_tile`."""
+    shape = (tiles, tile.splits, tile.block_rows, tile.block_n)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def check_down_rows(pairs: int, routing: Routing, topk_weights: Tensor) -> None:

@@ -21,6 +21,7 @@ from step37_kernels.experts.gemm_arguments import (
     check_device,
     check_limit,
     check_sizes,
+    new_parts,
     tile_options,
 )
 from step37_kernels.experts.grouped_bf16 import sum_over_columns
@@ -174,10 +175,7 @@ def shared_expert(
             f"of {down.block_k}"
         )
     intermediate = hidden.new_empty((tokens, channels))
-    parts = intermediate
-    if up.splits > 1:
-        shape = (grid[0] * grid[1], up.splits, up.block_rows, up.block_n)
-        parts = hidden.new_empty(shape, dtype=torch.float32)
+    parts = intermediate if up.splits == 1 else new_parts(up, grid[0] * grid[1], hidden)
     launch(
         shared_gate_up_kernel, grid,
         hidden, up_rows, up_scale, intermediate, parts, counters(hidden.device), tokens, clamp,
