@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from step37_kernels.checks import ceil_div
-from step37_kernels.experts.tiles import SM_COUNT, GemmTile, warpgroup_products
+from step37_kernels.experts.tiles import GemmTile, sm_count, warpgroup_products
 
 FUSED_TOKENS = 1024
 """Up to so many tokens the weights are expanded in registers, above it once into memory.
@@ -29,7 +29,7 @@ def linear(tokens: int, rows: int, columns: int, arch: int) -> GemmTile:
         rows, columns: N and K of this rank's weights.
         arch: 90 for sm_90 and so on.
     """
-    sms = SM_COUNT.get(arch, 148)
+    sms = sm_count(arch)
     block_rows = next((r for r in (16, 32, 64) if tokens <= r), 128)
     if not warpgroup_products(arch):
         # Expanded weights pass through registers to mma, and 99 KB of shared memory are all.

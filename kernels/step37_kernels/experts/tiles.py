@@ -31,6 +31,11 @@ class GemmTile:
 SM_COUNT = {80: 108, 89: 142, 90: 132, 100: 148}
 
 
+def sm_count(arch: int) -> int:
+    """SMs of an architecture's usual GPU, of a B200 where it is not known."""
+    return SM_COUNT.get(arch, SM_COUNT[100])
+
+
 def _rows_for(rows_per_expert: float) -> int:
     """block_rows that holds most experts' rows in one block, their number varying as routed.
 
@@ -57,7 +62,7 @@ def _split(tile: GemmTile, rows: int, columns: int, step: int, blocks: int, arch
         return tile
     programs = ceil_div(rows, tile.block_n) * blocks
     fitting = [s for s in (1, 2, 4, 8) if s == 1 or columns % (2 * step * s) == 0]
-    enough = [s for s in fitting if programs * s >= 2 * SM_COUNT.get(arch, 148)]
+    enough = [s for s in fitting if programs * s >= 2 * sm_count(arch)]
     return replace(tile, splits=(enough or fitting[-1:])[0])
 
 
@@ -134,7 +139,7 @@ def _nvfp4_tile(block_rows: int, rows: int, columns: int, blocks: int, arch: int
     # 128 columns where they divide: half the loop's fixed cost of a slab.
     block_k = 128 if columns % 128 == 0 else 64
     # 128 rows take 2.8 instructions a weight, 64 rows 3.3; but every SM has to have work.
-    fills = rows // 128 * blocks >= SM_COUNT.get(arch, 148)
+    fills = rows // 128 * blocks >= sm_count(arch)
     block_n = 128 if rows % 128 == 0 and fills else 64
     if not warpgroup_products(arch):
         # Tokens are an operand in registers as well: 64 of them beside 128 x 128 weights spill.
@@ -249,7 +254,7 @@ def _shared_tile(tokens: int, block_k: int, arch: int) -> GemmTile:
 
 def _wanted(tokens: int, arch: int) -> int:
     """Programs that a shared expert's launch should have: three for two SMs, or nearly one each."""
-    sms = SM_COUNT.get(arch, 148)
+    sms = sm_count(arch)
     return 3 * sms // 2 if tokens <= 16 else 7 * sms // 8
 
 
@@ -344,7 +349,7 @@ def _dense_rows(pairs: int, num_experts: int, arch: int) -> tuple[int, int]:
 
 def _dense_block_n(rows: int, blocks: int, arch: int) -> int:
     """128 rows of weights share a token tile; 64 where they are left over or SMs would idle."""
-    fills = rows // 128 * blocks >= SM_COUNT.get(arch, 148)
+    fills = rows // 128 * blocks >= sm_count(arch)
     return 128 if rows % 128 == 0 and fills else 64
 
 
